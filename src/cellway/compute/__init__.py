@@ -1,0 +1,1 @@
+"""The verbs: what is done to servers across the API database, cells and queues."""

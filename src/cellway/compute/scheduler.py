@@ -1,0 +1,149 @@
+"""Choosing hosts: pure functions from the hosts as they are known and a request to an ordered choice.
+
+A filter says whether a host may have the server, a weigher how good it is; both lists are plain and in order.
+`compute/fleet.py` supplies the hosts, `compute/build.py` claims the first choice that still has room.
+"""
+
+import random
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class HostState:
+    """What the scheduler knows of a host; amounts that may be promised and those that are."""
+
+    host: str
+    cell_id: int
+    zone: str
+    up: bool
+    enabled: bool
+    cell_enabled: bool
+    cell_answers: bool
+    vcpus: int
+    memory_mb: int
+    disk_gb: int
+    vcpus_used: int
+    memory_mb_used: int
+    disk_gb_used: int
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What a server needs. `zone`, `host` and `cell_ids` are None when any will do."""
+
+    vcpus: int
+    memory_mb: int
+    disk_gb: int
+    zone: str | None = None
+    host: str | None = None
+    cell_ids: frozenset[int] | None = None
+    excluded_hosts: frozenset[str] = frozenset()
+
+
+Filter = Callable[[HostState, Request], bool]
+
+
+def cell_is_enabled(host: HostState, _request: Request) -> bool:
+    """The operator takes builds in this cell."""
+    return host.cell_enabled
+
+
+def cell_answers(host: HostState, _request: Request) -> bool:
+    """The cell's database answered when it was last asked."""
+    return host.cell_answers
+
+
+def cell_is_wanted(host: HostState, request: Request) -> bool:
+    """The build may be in this cell."""
+    return request.cell_ids is None or host.cell_id in request.cell_ids
+
+
+def host_is_up(host: HostState, _request: Request) -> bool:
+    """The agent reports, and the operator takes builds here."""
+    return host.up and host.enabled
+
+
+def host_is_wanted(host: HostState, request: Request) -> bool:
+    """The request names this host or none, and it has not failed the request already."""
+    return request.host in (None, host.host) and host.host not in request.excluded_hosts
+
+
+def zone_fits(host: HostState, request: Request) -> bool:
+    """The request names this zone or none."""
+    return request.zone in (None, host.zone)
+
+
+def has_vcpus(host: HostState, request: Request) -> bool:
+    """Enough virtual CPUs are left."""
+    return host.vcpus_used + request.vcpus <= host.vcpus
+
+
+def has_memory(host: HostState, request: Request) -> bool:
+    """Enough memory is left."""
+    return host.memory_mb_used + request.memory_mb <= host.memory_mb
+
+
+def has_disk(host: HostState, request: Request) -> bool:
+    """Enough disk is left."""
+    return host.disk_gb_used + request.disk_gb <= host.disk_gb
+
+
+FILTERS: tuple[tuple[str, Filter], ...] = (
+    ("cell enabled", cell_is_enabled),
+    ("cell", cell_is_wanted),
+    ("host up and enabled", host_is_up),
+    ("host", host_is_wanted),
+    ("zone", zone_fits),
+    ("vcpus", has_vcpus),
+    ("memory", has_memory),
+    ("disk", has_disk),
+    ("cell that does not answer", cell_answers),
+)
+"""Name and filter, in order: cheap and selective first; last the one that only time decides."""
+
+
+def free_share(host: HostState, _request: Request) -> float:
+    """The scarcest resource decides: the share of it that is left, 0 to 1."""
+    return min(
+        1 - host.vcpus_used / max(host.vcpus, 1),
+        1 - host.memory_mb_used / max(host.memory_mb, 1),
+        1 - host.disk_gb_used / max(host.disk_gb, 1),
+    )
+
+
+WEIGHERS: tuple[tuple[str, float, Callable[[HostState, Request], float]], ...] = (("free share", 1.0, free_share),)
+"""Name, factor and weigher; the sum decides."""
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """The hosts that fit, the best first, and for the others how many each filter removed."""
+
+    hosts: Sequence[HostState]
+    removed: Sequence[tuple[str, int]]
+
+    @property
+    def waits(self) -> bool:
+        """Tell whether some host is kept from the server only by its cell, which may answer again soon."""
+        return self.removed[-1][1] > 0
+
+    def why_none(self) -> str:
+        """Return one sentence that says what removed the hosts."""
+        reasons = [f"{count} by {name}" for name, count in self.removed if count]
+        return f"No valid host was found ({', '.join(reasons) if reasons else 'there are no hosts'})."
+
+
+def choose(hosts: Iterable[HostState], request: Request, dice: random.Random) -> Choice:
+    """Return the hosts that pass every filter, the best first; equals in random order, so that builders disperse."""
+    left = list(hosts)
+    removed: list[tuple[str, int]] = []
+    for name, fits in FILTERS:
+        before = len(left)
+        left = [host for host in left if fits(host, request)]
+        removed.append((name, before - len(left)))
+    weighed = [
+        (sum(factor * weigh(host, request) for _, factor, weigh in WEIGHERS), dice.random(), host) for host in left
+    ]
+    weighed.sort(key=lambda entry: entry[:2], reverse=True)
+    return Choice([host for _, _, host in weighed], removed)

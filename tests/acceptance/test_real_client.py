@@ -1,0 +1,117 @@
+"""The real `openstack` command works unchanged, with the clouds.yaml that Cellway wrote."""
+
+from pathlib import Path
+
+from tests.acceptance.control_plane import ADMIN, MEMBER, Plane
+
+
+def status_after(plane: Plane, server: str, old: str) -> str:
+    """Ask until a server's status is no longer `old`, ten times at most, and return it."""
+    for _ in range(10):
+        status = str(plane.client(MEMBER, "server", "show", server)["status"])
+        if status != old:
+            return status
+    return old
+
+
+class RealClient:
+    """What users and admins do with the client. A subclass says over which `databases` the control plane runs."""
+
+    def test_flavors_are_listed_and_shown(self, plane: Plane, flavor: str) -> None:
+        """`flavor list` and `flavor show` by name give what was created."""
+        assert flavor in [row["Name"] for row in plane.client(MEMBER, "flavor", "list")]
+        assert plane.client(MEMBER, "flavor", "show", flavor)["vcpus"] == 1
+
+    def test_keypairs_come_and_go(self, plane: Plane, tmp_path: Path) -> None:
+        """`keypair create` (with a key made by the client), `list` and `delete` work."""
+        private = tmp_path / "key"
+        plane.client(MEMBER, "keypair", "create", "--private-key", str(private), "laptop")
+        assert private.read_text().startswith("-----BEGIN OPENSSH PRIVATE KEY-----")
+        assert [row["Name"] for row in plane.client(MEMBER, "keypair", "list")] == ["laptop"]
+        plane.client(MEMBER, "keypair", "delete", "laptop", form="")
+        assert plane.client(MEMBER, "keypair", "list") == []
+
+    def test_servers_are_listed_for_their_project_and_for_all(self, plane: Plane, server: str) -> None:
+        """`server list` shows the member its server, and an admin every project's with its host."""
+        own = plane.client(MEMBER, "server", "list")
+        assert [(row["ID"], row["Name"], row["Status"], row["Image"], row["Flavor"]) for row in own] == [
+            (server, "web-1", "ACTIVE", "tiny", "m1.tiny")
+        ]
+        everything = plane.client(ADMIN, "server", "list", "--all-projects", "--long")
+        assert [row["Host"].startswith("cell") for row in everything if row["ID"] == server] == [True]
+        assert plane.client(ADMIN, "server", "list") == []
+
+    def test_a_server_is_shown_by_name_and_by_id(self, plane: Plane, server: str) -> None:
+        """`server show` finds it either way."""
+        assert plane.client(MEMBER, "server", "show", "web-1")["id"] == server
+        assert plane.client(MEMBER, "server", "show", server)["name"] == "web-1"
+
+    def test_a_server_is_renamed_and_given_properties(self, plane: Plane, server: str) -> None:
+        """`server set --name` and `--property` change what `show` says."""
+        plane.client(MEMBER, "server", "set", "--property", "tier=gold", server, form="")
+        plane.client(MEMBER, "server", "set", "--name", "web-one", server, form="")
+        shown = plane.client(MEMBER, "server", "show", server)
+        assert (shown["name"], shown["properties"]) == ("web-one", {"tier": "gold"})
+        plane.client(MEMBER, "server", "set", "--name", "web-1", server, form="")
+
+    def test_a_server_is_stopped_started_and_rebooted(self, plane: Plane, server: str) -> None:
+        """`stop`, `start` and `reboot --wait` do what they say, and the history keeps them."""
+        plane.client(MEMBER, "server", "stop", server, form="")
+        assert status_after(plane, server, "ACTIVE") == "SHUTOFF"
+        plane.client(MEMBER, "server", "start", server, form="")
+        assert status_after(plane, server, "SHUTOFF") == "ACTIVE"
+        plane.client(MEMBER, "server", "reboot", "--wait", server, form="")
+        events = [row["Action"] for row in plane.client(MEMBER, "server", "event", "list", server)]
+        assert events == ["reboot", "start", "stop", "create"]
+
+    def test_a_server_is_deleted(self, plane: Plane, flavor: str) -> None:
+        """`server delete --wait` returns when the server is gone."""
+        plane.client(MEMBER, "server", "create", "--flavor", flavor, "--image", "tiny", "--wait", "brief")
+        plane.client(MEMBER, "server", "delete", "--wait", "brief", form="")
+        assert "brief" not in [row["Name"] for row in plane.client(MEMBER, "server", "list")]
+
+    def test_hypervisors_are_listed_and_shown(self, plane: Plane) -> None:
+        """`hypervisor list` has every host of every cell, and `show` finds one by name."""
+        names = [row["Hypervisor Hostname"] for row in plane.client(ADMIN, "hypervisor", "list")]
+        assert names == plane.hosts
+        assert plane.client(ADMIN, "hypervisor", "show", "cell2-h1")["state"] == "up"
+
+    def test_services_are_listed_and_disabled(self, plane: Plane) -> None:
+        """`compute service set --disable` shows in the list with its reason, and `--enable` takes it back."""
+        plane.client(
+            ADMIN,
+            "compute",
+            "service",
+            "set",
+            "--disable",
+            "--disable-reason",
+            "disk",
+            "cell2-h2",
+            "nova-compute",
+            form="",
+        )
+        listed = {row["Host"]: row for row in plane.client(ADMIN, "compute", "service", "list", "--long")}
+        assert (listed["cell2-h2"]["Status"], listed["cell2-h2"]["Disabled Reason"]) == ("disabled", "disk")
+        assert listed["cell1-h1"]["State"] == "up"
+        plane.client(ADMIN, "compute", "service", "set", "--enable", "cell2-h2", "nova-compute", form="")
+
+    def test_what_else_users_ask_for(self, plane: Plane, server: str) -> None:
+        """`availability zone list`, `limits show --absolute`, `image list` and `token issue` answer."""
+        zones = plane.client(MEMBER, "availability", "zone", "list", "--compute")
+        assert [row["Zone Name"] for row in zones] == ["nova"]
+        used = {row["Name"]: row["Value"] for row in plane.client(MEMBER, "limits", "show", "--absolute")}
+        assert used["total_instances_used"] >= 1
+        assert "tiny" in [row["Name"] for row in plane.client(MEMBER, "image", "list")]
+        assert plane.client(MEMBER, "token", "issue")["project_id"]
+        assert server
+
+    def test_nothing_unexpected_was_logged(self, plane: Plane) -> None:
+        """After all of it no request has failed and no loop has died."""
+        assert '"level": "error"' not in plane.log
+        assert '"level": "critical"' not in plane.log
+
+
+class TestEmbedded(RealClient):
+    """`cellway up`, three cells with two hosts each."""
+
+    databases = "sqlite"

@@ -1,0 +1,132 @@
+"""The scheduler: every host it gives fits the request, every host it leaves out does not, and the best comes first."""
+
+import random
+from dataclasses import replace
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cellway.compute.scheduler import FILTERS, HostState, Request, choose, free_share
+
+NAMES = [f"h{number}" for number in range(6)]
+ZONES = ["nova", "east"]
+CELLS = [1, 2, 3]
+amounts = st.integers(0, 8)
+
+
+@st.composite
+def host_states(draw: st.DrawFn) -> list[HostState]:
+    """Some hosts of some cells, with anything used of what they have."""
+    return [
+        HostState(
+            host=name,
+            cell_id=draw(st.sampled_from(CELLS)),
+            zone=draw(st.sampled_from(ZONES)),
+            up=draw(st.booleans()),
+            enabled=draw(st.booleans()),
+            cell_enabled=draw(st.booleans()),
+            cell_answers=draw(st.booleans()),
+            vcpus=draw(amounts),
+            memory_mb=draw(amounts),
+            disk_gb=draw(amounts),
+            vcpus_used=draw(amounts),
+            memory_mb_used=draw(amounts),
+            disk_gb_used=draw(amounts),
+        )
+        for name in draw(st.lists(st.sampled_from(NAMES), unique=True))
+    ]
+
+
+requests = st.builds(
+    Request,
+    vcpus=amounts,
+    memory_mb=amounts,
+    disk_gb=amounts,
+    zone=st.none() | st.sampled_from(ZONES),
+    host=st.none() | st.sampled_from(NAMES),
+    cell_ids=st.none() | st.frozensets(st.sampled_from(CELLS)),
+    excluded_hosts=st.frozensets(st.sampled_from(NAMES)),
+)
+EMPTY = HostState("h", 1, "nova", True, True, True, True, 8, 8, 8, 0, 0, 0)
+SMALL = Request(1, 1, 1)
+
+
+def may_have(host: HostState, request: Request) -> bool:
+    """Say in one sentence what the filters say one by one."""
+    return (
+        host.up
+        and host.enabled
+        and host.cell_enabled
+        and host.cell_answers
+        and (request.cell_ids is None or host.cell_id in request.cell_ids)
+        and (request.zone is None or host.zone == request.zone)
+        and (request.host is None or host.host == request.host)
+        and host.host not in request.excluded_hosts
+        and host.vcpus - host.vcpus_used >= request.vcpus
+        and host.memory_mb - host.memory_mb_used >= request.memory_mb
+        and host.disk_gb - host.disk_gb_used >= request.disk_gb
+    )
+
+
+@given(host_states(), requests, st.integers())
+def test_exactly_the_hosts_that_fit_are_chosen(hosts: list[HostState], request: Request, seed: int) -> None:
+    """No host that lacks anything, is excluded or not wanted is chosen, and no host that fits is left out."""
+    chosen = choose(hosts, request, random.Random(seed)).hosts
+    assert sorted(host.host for host in chosen) == sorted(host.host for host in hosts if may_have(host, request))
+
+
+@given(host_states(), requests, st.integers())
+def test_the_emptier_host_comes_first(hosts: list[HostState], request: Request, seed: int) -> None:
+    """They come in the order of the share of their scarcest resource that is left."""
+    shares = [free_share(host, request) for host in choose(hosts, request, random.Random(seed)).hosts]
+    assert shares == sorted(shares, reverse=True)
+
+
+@given(host_states(), requests, st.integers())
+def test_every_host_is_chosen_or_counted(hosts: list[HostState], request: Request, seed: int) -> None:
+    """What the filters removed and what they left are all hosts, and each filter has its line."""
+    choice = choose(hosts, request, random.Random(seed))
+    assert len(choice.hosts) + sum(count for _, count in choice.removed) == len(hosts)
+    assert [name for name, _ in choice.removed] == [name for name, _ in FILTERS]
+
+
+@given(host_states(), requests, st.integers())
+def test_waiting_helps_only_when_a_fitting_host_is_in_a_silent_cell(
+    hosts: list[HostState], request: Request, seed: int
+) -> None:
+    """A choice waits exactly when a host would fit if its cell answered."""
+    silent = [host for host in hosts if not host.cell_answers]
+    assert choose(hosts, request, random.Random(seed)).waits == any(
+        may_have(replace(host, cell_answers=True), request) for host in silent
+    )
+
+
+@given(host_states(), requests, st.integers())
+def test_the_same_dice_give_the_same_choice(hosts: list[HostState], request: Request, seed: int) -> None:
+    """It is a pure function of what it is given, and changes nothing of it."""
+    before = list(hosts)
+    assert choose(hosts, request, random.Random(seed)) == choose(hosts, request, random.Random(seed))
+    assert hosts == before
+
+
+@given(st.integers())
+def test_equal_hosts_are_dispersed(seed: int) -> None:
+    """Of many equal hosts not every builder takes the same one first."""
+    hosts = [replace(EMPTY, host=f"h{number}") for number in range(8)]
+    dice = random.Random(seed)
+    assert len({choose(hosts, SMALL, dice).hosts[0].host for _ in range(64)}) > 1
+
+
+def test_a_host_that_is_full_to_the_brim_is_full() -> None:
+    """The last unit is given, and none after it."""
+    last = replace(EMPTY, vcpus_used=7)
+    assert choose([last], SMALL, random.Random(0)).hosts == [last]
+    assert choose([replace(last, vcpus_used=8)], SMALL, random.Random(0)).hosts == []
+
+
+def test_the_reason_names_what_removed_the_hosts() -> None:
+    """A sentence for the server's owner, with numbers; without hosts it says so."""
+    hosts = [replace(EMPTY, host="a", vcpus=0), replace(EMPTY, host="b", up=False), replace(EMPTY, host="c", vcpus=0)]
+    why = choose(hosts, SMALL, random.Random(0)).why_none()
+    assert why == "No valid host was found (1 by host up and enabled, 2 by vcpus)."
+    assert choose([], SMALL, random.Random(0)).why_none() == "No valid host was found (there are no hosts)."
