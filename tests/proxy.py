@@ -10,7 +10,7 @@ import re
 import socket
 import struct
 import threading
-from collections.abc import Coroutine, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -46,6 +46,9 @@ class _Link:
     tasks: list[asyncio.Task[None]] = field(default_factory=list)
 
 
+_Way = Callable[[_Link, asyncio.StreamReader], Coroutine[Any, Any, None]]
+
+
 class Proxy:
     """The way to one server; `opened` makes one. `cuts` counts answers that were cut, `accepted` connections."""
 
@@ -57,8 +60,9 @@ class Proxy:
         self._mode = Mode()
         self._begun = 0  # cuts, with those whose answer is still to come
         self._passed = 0
-        self._listener: asyncio.Server | None = None
+        self._listener: socket.socket | None = None
         self._links: set[_Link] = set()
+        self._accepting: set[asyncio.Task[None]] = set()
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="proxy", daemon=True)
 
@@ -107,31 +111,51 @@ class Proxy:
             if drop:
                 self._drop(link)
         if self._listener is None:
-            self._listener = await asyncio.start_server(self._accept, "127.0.0.1", self.port, backlog=512)
-            self.port = self._listener.sockets[0].getsockname()[1]
+            # Not asyncio's own server: a connection that it takes while it is closed is lost in it, open.
+            self._listener = socket.create_server(("127.0.0.1", self.port), backlog=512)
+            self._listener.setblocking(False)
+            self.port = self._listener.getsockname()[1]
+            self._loop.add_reader(self._listener, self._take, self._listener)
 
     async def _stop(self) -> None:
         listener, self._listener = self._listener, None
         if listener is not None:
+            self._loop.remove_reader(listener)
             listener.close()
         for link in list(self._links):
             self._drop(link)
 
-    async def _accept(self, from_client: asyncio.StreamReader, client: asyncio.StreamWriter) -> None:
+    def _take(self, listener: socket.socket) -> None:
+        try:
+            taken, _ = listener.accept()
+        except OSError:
+            # The client has gone away again.
+            return
+        task = self._loop.create_task(self._accept(taken))
+        self._accepting.add(task)
+        task.add_done_callback(self._accepting.discard)
+
+    async def _accept(self, taken: socket.socket) -> None:
         self.accepted += 1
+        taken.setblocking(False)
+        from_client, client = await asyncio.open_connection(sock=taken)
         try:
             from_server, server = await asyncio.open_connection(*self._target)
         except OSError:
             client.transport.abort()
             return
+        if self._listener is None:
+            client.transport.abort()
+            server.transport.abort()
+            return
         link = _Link(client, server)
         self._links.add(link)
-        for way in (self._forward(link, from_client), self._answer(link, from_server)):
-            link.tasks.append(asyncio.create_task(self._until_it_breaks(link, way)))
+        for way, source in ((self._forward, from_client), (self._answer, from_server)):
+            link.tasks.append(asyncio.create_task(self._until_it_breaks(way, link, source)))
 
-    async def _until_it_breaks(self, link: _Link, way: Coroutine[Any, Any, None]) -> None:
+    async def _until_it_breaks(self, way: _Way, link: _Link, source: asyncio.StreamReader) -> None:
         with contextlib.suppress(OSError):
-            await way
+            await way(link, source)
         self._drop(link)
 
     async def _forward(self, link: _Link, from_client: asyncio.StreamReader) -> None:
@@ -192,6 +216,7 @@ class Proxy:
         self._loop.close()
 
     async def _end_tasks(self) -> None:
+        await asyncio.gather(*self._accepting)
         tasks = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
         for task in tasks:
             task.cancel()
