@@ -34,6 +34,7 @@ from cellway.ids import ProjectId, RequestId, UserId
 from cellway.instances import lifecycle
 from cellway.instances.lifecycle import FenceState
 from cellway.instances.records import Fault, Instance, TaskState, VmState
+from cellway.quota import usage
 from cellway.rpc.calls import BUILD_INSTANCE, DESTROY_INSTANCE, BuildInstance, DestroyInstance, host_address
 from cellway.rpc.messaging import cast
 
@@ -488,8 +489,8 @@ class Builder:
             await self._launch(build)
 
     async def _finish(self, build: Build) -> None:
-        """The server runs: the request is done."""
-        await self._cells.databases.on(API).write(builds.finish, build.claim)
+        """The server runs: the request is done, and what was reserved for it is in use."""
+        await self._cells.databases.on(API).write(_finish_running, build)
 
     # ---- giving up
 
@@ -513,7 +514,7 @@ class Builder:
         )
         build.attempt += 1
         await self._put(build, cell0, instance)
-        await self._finish(build)
+        await self._cells.databases.on(API).write(_finish_buried, build)
         log.info("server_buried", instance_uuid=build.uuid, reason=why)
 
 
@@ -555,6 +556,16 @@ def _whereabouts(tx: ApiTx, uuid: str) -> tuple[Claim | None, InstanceMapping | 
 def _release_host(tx: ApiTx, build: Build) -> None:
     builds.set_failed(tx, build.claim, build.failed_hosts, build.failure or "")
     hosts.release(tx, build.uuid)
+
+
+def _finish_running(tx: ApiTx, build: Build) -> None:
+    builds.finish(tx, build.claim)
+    usage.commit(tx, build.uuid)
+
+
+def _finish_buried(tx: ApiTx, build: Build) -> None:
+    builds.finish(tx, build.claim)
+    usage.refund(tx, build.uuid, keep=True)
 
 
 def _finish_cancelled(tx: ApiTx, build: Build) -> None:

@@ -18,6 +18,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from cellway.compute.api import ComputeApi
 from cellway.compute.host_api import HostApi
+from cellway.compute.limits import Quotas
 from cellway.config import Limits
 from cellway.context import Clock, RequestContext
 from cellway.db.engines import Database
@@ -71,6 +72,7 @@ class Services:
     """What handlers answer with."""
 
     compute: ComputeApi
+    quotas: Quotas
     hosts: HostApi
     api: Database[ApiTx]
     policy: Policy

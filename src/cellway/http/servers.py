@@ -202,11 +202,13 @@ async def create(call: Call) -> Answer:
     if wanted.personality:
         raise Invalid("server.no_personality", "Files cannot be put into servers here: send user_data")
     zone, host = _zone_and_host(call, wanted.availability_zone)
+    least, most = _counts(call, wanted)
     new = NewServer(
         name=wanted.name,
         flavor_id=str(wanted.flavorRef).rstrip("/").rpartition("/")[2],
         image_id=_image(wanted),
-        count=_count(call, wanted),
+        count=most,
+        least=least,
         key_name=wanted.key_name,
         zone=zone,
         host=host,
@@ -216,7 +218,7 @@ async def create(call: Call) -> Answer:
         auto_disk_config=wanted.disk_config == "AUTO",
         access_ip_v4=access_ip(wanted.accessIPv4, 4),
         access_ip_v6=access_ip(wanted.accessIPv6, 6),
-        metadata=_metadata(call, wanted.metadata),
+        metadata=wanted.metadata,
         tags=tuple(wanted.tags) if isinstance(wanted, CreateServer52) else (),
         allow_zero_disk=call.allows("os_compute_api:servers:create:zero_disk_flavor"),
     )
@@ -239,7 +241,7 @@ def _true(word: bool | str) -> bool:
     return word is True or (isinstance(word, str) and word.lower() in ("true", "1", "on", "yes"))
 
 
-def _count(call: Call, wanted: CreateServer) -> int:
+def _counts(call: Call, wanted: CreateServer) -> tuple[int, int]:
     least = int(wanted.min_count) if wanted.min_count is not None else 1
     most = int(wanted.max_count) if wanted.max_count is not None else least
     if least < 1 or most < 1:
@@ -250,7 +252,7 @@ def _count(call: Call, wanted: CreateServer) -> int:
         raise Invalid("server.bad_count", f"max_count may be {call.limits.servers_per_request} at most")
     if most > 1 and len(f"{wanted.name}-{most}") > call.limits.name_characters:
         raise Invalid("server.name_too_long", "The name leaves no room for the number at each server's name's end")
-    return most
+    return least, most
 
 
 def _check_networks(call: Call, wanted: CreateServer) -> None:
@@ -300,14 +302,6 @@ def _zone_and_host(call: Call, zone: str | None) -> tuple[str | None, str | None
         raise Invalid("server.bad_zone", "Unable to parse availability_zone")
     call.require(rule="os_compute_api:servers:create:forced_host")
     return name or None, host or node or None
-
-
-def _metadata(call: Call, items: dict[str, str]) -> dict[str, str]:
-    if len(items) > call.limits.metadata_items:
-        raise Forbidden(
-            "server.too_much_metadata", f"Maximum number of metadata items exceeds {call.limits.metadata_items}"
-        )
-    return items
 
 
 def access_ip(text: str | None, version: int) -> str | None:
