@@ -13,7 +13,7 @@ from typing import Concatenate, ParamSpec, TypeVar
 import msgspec
 import structlog
 
-from cellway import builds, flavors, keypairs, quota
+from cellway import builds, flavors, keypairs
 from cellway.builds import NewBuild
 from cellway.cells import mappings
 from cellway.cells.mappings import InstanceMapping
@@ -33,7 +33,8 @@ from cellway.instances.actions import ActionRecord, Event
 from cellway.instances.reading import Filter, Sort
 from cellway.instances.records import Instance, VmState
 from cellway.outside import Image, ImageCatalog
-from cellway.quota import Charge
+from cellway.quota import usage as quota
+from cellway.quota.usage import Charge
 from cellway.rpc.calls import ACT_ON_INSTANCE, ActOnInstance, host_address
 from cellway.rpc.messaging import cast
 

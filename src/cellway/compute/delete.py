@@ -9,7 +9,7 @@ import asyncio
 
 import structlog
 
-from cellway import builds, hosts, quota
+from cellway import builds, hosts
 from cellway.builds import DeleteRequest
 from cellway.cells import mappings
 from cellway.cells.registry import Cell, Cells
@@ -24,6 +24,7 @@ from cellway.errors import HostUnreachable, Unavailable
 from cellway.ids import ProjectId, RequestId, UserId
 from cellway.instances import lifecycle
 from cellway.instances.lifecycle import FenceState
+from cellway.quota import usage as quota
 from cellway.rpc.calls import DESTROY_INSTANCE, DestroyInstance, host_address
 from cellway.rpc.messaging import cast
 
