@@ -12,7 +12,7 @@ from datetime import datetime
 from typing import Any, TypeAlias
 
 import sqlalchemy as sa
-from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy.dialects import mysql, postgresql, sqlite
 from sqlalchemy.exc import DBAPIError, IntegrityError
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.sql.compiler import SQLCompiler
@@ -70,6 +70,25 @@ def insert_if_absent(tx: Tx, table: sa.Table, values: Mapping[str, Any]) -> bool
             raise
         return False
     return True
+
+
+def insert_many_if_absent(tx: Tx, table: sa.Table, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Insert each row unless a unique key of it is taken, without telling which; the taken ones stay as they are.
+
+    A key that another transaction has written and not committed is waited for.
+    """
+    if not rows:
+        return
+    match tx.connection.dialect.name:
+        case "postgresql":
+            statement: sa.Executable = postgresql.insert(table).on_conflict_do_nothing()
+        case "sqlite":
+            statement = sqlite.insert(table).on_conflict_do_nothing()
+        case _:
+            # Not INSERT IGNORE, which also truncates what does not fit.
+            key = next(iter(table.primary_key))
+            statement = mysql.insert(table).on_duplicate_key_update({key.name: key})
+    tx.execute(statement, rows)
 
 
 @contextmanager

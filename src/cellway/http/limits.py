@@ -1,15 +1,15 @@
 """A project's limits over HTTP: how much it may have, and has.
 
-The handler calls the noun `cellway.quota` on the API database; `http/app.py` takes ROUTES. A limit that nothing
+The handler calls the noun `cellway.quota.usage` on the API database; `http/app.py` takes ROUTES. A limit that nothing
 enforces is shown as unlimited, -1 (docs/compatibility.md). Seed: none of its own.
 """
 
 from typing import Any
 
-from cellway import quota
 from cellway.http.routes import Route
 from cellway.http.wire import Answer, Call, answer
-from cellway.quota import Usage
+from cellway.quota import usage as quota
+from cellway.quota.usage import Usage
 
 _UNLIMITED = -1
 
