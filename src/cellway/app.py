@@ -183,6 +183,7 @@ class Application:
         services = http_shell.Services(
             compute=self.open_compute(identity),
             quotas=self.quotas,
+            projects=identity.store,
             hosts=self.hosts,
             api=self.databases.on(API),
             policy=Policy.load(Path(self.config.api.policy_file) if self.config.api.policy_file else None),

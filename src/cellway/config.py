@@ -334,7 +334,9 @@ def _convert(section: str, option: str, text: str, kind: object) -> object:
         return text
     if get_origin(kind) is Literal:
         if text not in get_args(kind):
-            raise Invalid("config.wrong_type", f"option {option} in [{section}] must be one of {', '.join(get_args(kind))}")
+            raise Invalid(
+                "config.wrong_type", f"option {option} in [{section}] must be one of {', '.join(get_args(kind))}"
+            )
         return text
     return Secret(text) if text else None
 

@@ -12,7 +12,7 @@ from typing import Concatenate, Final, ParamSpec, TypeVar
 import structlog
 from cachetools import LRUCache
 
-from cellway import migration_state, keypairs
+from cellway import keypairs, migration_state
 from cellway.cells import mappings
 from cellway.cells.registry import Cell, Cells
 from cellway.cells.scatter import Answered, gather
@@ -251,7 +251,7 @@ class Quotas:
                     f"{least}.",
                     resource=resource,
                 )
-            if 0 <= most and not 0 <= limit <= most:
+            if most >= 0 and not 0 <= limit <= most:
                 raise Invalid(
                     "quota.above_project",
                     f"Quota limit {limit} for {resource} must be less than or equal to {most}.",
@@ -266,7 +266,7 @@ class Quotas:
         else:
             await api.write_once(None, limits.delete_user, project_id, user_id)
 
-    async def class_limits(self, context: RequestContext, class_name: str) -> dict[str, int]:
+    async def class_limits(self, context: RequestContext, class_name: str = limits.DEFAULT_CLASS) -> dict[str, int]:
         """Return the limits of a quota class: its own, else those of the class `default`, else the configured."""
         older = await self.find_older(context, "", "", class_name=class_name)
         found = await self._cells.databases.on(API).read(limits.find, "", "", class_name=class_name, older=older)
@@ -426,4 +426,4 @@ def _refresh(tx: ApiTx, missing: Uncounted, recount: Recount) -> None:
     if "key_pairs" in missing.resources:
         usage.refresh_other(tx, project, user, "key_pairs", lambda: {user: keypairs.count(tx, user)})
     if "server_groups" in missing.resources:
-        raise NotImplementedError
+        usage.refresh_other(tx, project, user, "server_groups", lambda: {"": 0, user: 0})

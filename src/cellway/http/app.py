@@ -34,6 +34,7 @@ from cellway.http import (
     limits,
     metadata,
     microversions,
+    quotas,
     servers,
     services,
     tags,
@@ -44,7 +45,7 @@ from cellway.http.policy import Policy, Target
 from cellway.http.routes import Route
 from cellway.http.wire import Answer, Call
 from cellway.ids import IdSource, ProjectId, RequestId, UserId
-from cellway.outside import TokenVerifier
+from cellway.outside import ProjectDirectory, TokenVerifier
 
 log = structlog.get_logger()
 
@@ -62,6 +63,7 @@ ROUTES: tuple[Route, ...] = (
     *hypervisors.ROUTES,
     *zones.ROUTES,
     *limits.ROUTES,
+    *quotas.ROUTES,
     *aggregates.ROUTES,
 )
 """Every call that is served under `/v2.1`. The first row that fits path, method and microversion answers."""
@@ -73,6 +75,7 @@ class Services:
 
     compute: ComputeApi
     quotas: Quotas
+    projects: ProjectDirectory
     hosts: HostApi
     api: Database[ApiTx]
     policy: Policy

@@ -7,7 +7,7 @@ import msgspec
 from msgspec import UNSET, Meta, UnsetType
 
 from cellway.compute.api import NewServer, Scope
-from cellway.errors import Forbidden, Invalid, NotFound
+from cellway.errors import Invalid, NotFound
 from cellway.http.routes import Route
 from cellway.http.server_query import read_query
 from cellway.http.server_views import Viewer, addresses_of, full_view, summary

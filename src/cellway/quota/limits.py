@@ -8,7 +8,7 @@ was found there (`legacy`) is passed in as `older`: a limit of the API database 
 import enum
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 import sqlalchemy as sa
 
@@ -89,7 +89,7 @@ _CLASSES = sa.select(
     quota_classes.c.resource,
     quota_classes.c.hard_limit,
 ).where(quota_classes.c.class_name.in_([DEFAULT_CLASS, sa.bindparam("the_class")]))
-_FIND = sa.union_all(
+_FIND: sa.CompoundSelect[Any] = sa.union_all(
     _level(
         Level.USER,
         project_user_quotas,
@@ -123,7 +123,7 @@ def find(
 
 def _valid(tx: ApiTx, older: Older, project_id: str, user_id: str, class_name: str) -> dict[tuple[Level, str], int]:
     """Return those of the older limits that were not deleted over the API since."""
-    owners = {
+    owners: dict[Level, tuple[Kind, Owner]] = {
         Level.USER: (Kind.USER, (project_id, user_id)),
         Level.PROJECT: (Kind.PROJECT, project_id),
         Level.CLASS: (Kind.CLASS, class_name),

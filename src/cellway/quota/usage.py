@@ -105,7 +105,9 @@ _GATE = (
 _FIND = sa.select(
     _U.id, _U.user_id, _U.resource, _U.in_use, _U.reserved, _U.until_refresh, _U.updated_at
 ).where(_OF)  # fmt: skip
-_PENDING = sa.select(_R.usage_id, _R.project_id, _R.user_id, _R.resource, _R.delta).where(_R.uuid == sa.bindparam("the_uuid"))
+_PENDING = sa.select(_R.usage_id, _R.project_id, _R.user_id, _R.resource, _R.delta).where(
+    _R.uuid == sa.bindparam("the_uuid")
+)
 _FORGET = sa.delete(reservations).where(_R.uuid == sa.bindparam("the_uuid"))
 _EXPIRED = (
     sa.select(_R.uuid)
@@ -453,9 +455,7 @@ def adopt(tx: ApiTx, project_id: str, charges: Sequence[Charge], *, recount: Rec
     refresh(tx, project_id, users, recount=recount)
 
 
-def list_uncharged(
-    tx: ApiTx, cell_ids: Collection[int], project_id: str | None, *, after: int, most: int
-) -> list[Row]:
+def list_uncharged(tx: ApiTx, cell_ids: Collection[int], project_id: str | None, *, after: int, most: int) -> list[Row]:
     """Return a page of the servers in these cells, of a project or all, that nobody has charged yet.
 
     The rows are (id, instance_uuid, cell_id); the next page begins `after` the last id.
