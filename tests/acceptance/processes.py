@@ -14,7 +14,7 @@ from pathlib import Path
 import sqlalchemy as sa
 
 from cellway.config import Secret
-from tests.acceptance.control_plane import CELLWAY, Plane, Process, host_names
+from tests.acceptance.control_plane import CELLWAY, NO_QUOTA, Plane, Process, host_names
 from tests.brokers import Rabbit, new_virtual_host
 from tests.databases import empty_database
 from tests.proxy import Proxy, opened
@@ -86,12 +86,19 @@ class SeparatePlane(Plane):
 
 @contextlib.contextmanager
 def separate(
-    kind: str, folder: Path, *, builders: int = 1, limits: str = "", agents: str = "", proxies: bool = False
+    kind: str,
+    folder: Path,
+    *,
+    builders: int = 1,
+    limits: str = "",
+    agents: str = "",
+    quota: str = NO_QUOTA,
+    proxies: bool = False,
 ) -> Iterator[SeparatePlane]:
     """Run all processes for the length of the block, over databases of that kind and RabbitMQ.
 
-    `limits` are lines of everybody's section `[limits]`, `agents` of the agents' section `[agent]`. With `proxies` one
-    stands between the processes and each database and queue.
+    `limits` are lines of everybody's section `[limits]`, `quota` of `[quota]`, `agents` of the agents' `[agent]`.
+    With `proxies` one stands between the processes and each database and queue.
     """
     with contextlib.ExitStack() as stack:
         names = ("api", "cell0", *CELLS)
@@ -102,7 +109,7 @@ def separate(
         ways = {name: stack.enter_context(opened(port)) for name, port in servers.items() if port and proxies}
         plane = SeparatePlane(folder, databases, vhosts, stack.enter_context(balancer()), ways)
         stack.callback(_kill_all, plane)
-        _start(plane, builders, f"[limits]\n{limits}\n", agents)
+        _start(plane, builders, f"[limits]\n{limits}\n[quota]\n{quota}\n", agents)
         yield plane
 
 
