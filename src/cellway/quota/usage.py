@@ -19,7 +19,7 @@ from typing import Any, Final
 import sqlalchemy as sa
 
 from cellway.db.api_tables import instance_mappings, quota_usages, reservations, server_charges
-from cellway.db.transaction import ApiTx, Row, insert_if_absent
+from cellway.db.transaction import ApiTx, Row, insert_if_absent, insert_many_if_absent
 from cellway.errors import CellwayError, OverQuota
 from cellway.quota.limits import MOST, Allowed
 
@@ -30,6 +30,8 @@ COUNTED: Final = tuple(resource for family in _FAMILIES for resource in family)
 """The resources that have a usage."""
 _PROJECT: Final = ""
 
+Key = tuple[str, str, str]
+"""Project, user and resource of a usage: no user in a project's own, no project in what is a user's alone."""
 Ask = Mapping[str, int]
 """How much more of each resource; less than 0 gives back."""
 
@@ -140,16 +142,30 @@ _REFUND = (
 # ---- granting --------------------------------------------------------------------------------------------------
 
 
-def lock(tx: ApiTx, project_id: str, user_id: str, resources: Collection[str]) -> None:
-    """Take the gates of a project's usages, or without a project of a user's, until the transaction ends."""
+def lock(tx: ApiTx, project_id: str, user_id: str, resources: Collection[str]) -> bool:
+    """Take the gates of a project's usages, or without a project of a user's, until the transaction ends.
+
+    Tell whether they are all there; where one is not, nothing was ever counted.
+    """
+    return all(_lock(tx, gate) for gate in _gates(project_id, user_id, resources))
+
+
+def _lock_or_make(tx: ApiTx, project_id: str, user_id: str, resources: Collection[str]) -> None:
+    """Take the gates, also where nothing was counted: whoever counts at this moment waits, or is waited for."""
+    for gate in _gates(project_id, user_id, resources):
+        if not _lock(tx, gate):
+            # What is worth nothing until it is counted.
+            _make(tx, [gate], until_refresh=0)
+            _lock(tx, gate)
+
+
+def _gates(project_id: str, user_id: str, resources: Collection[str]) -> list[Key]:
     user = _PROJECT if project_id else user_id
-    for family in _FAMILIES:
-        if any(resource in family for resource in resources):
-            gate = {"the_project": project_id, "the_user": user, "the_gate": family[0]}
-            if tx.execute(_GATE, gate).first() is None:
-                # Nothing may be counted while it is not there, and it is not worth deciding on.
-                _make(tx, project_id, user, family[0], until_refresh=0)
-                tx.execute(_GATE, gate)
+    return [(project_id, user, family[0]) for family in _FAMILIES if not set(family).isdisjoint(resources)]
+
+
+def _lock(tx: ApiTx, gate: Key) -> bool:
+    return tx.execute(_GATE, dict(zip(("the_project", "the_user", "the_gate"), gate, strict=True))).first() is not None
 
 
 def reserve(
@@ -193,7 +209,7 @@ def take(tx: ApiTx, project_id: str, user_id: str, asked: Ask, allowed: Callable
 
 def give_back(tx: ApiTx, project_id: str, user_id: str, resource: str) -> None:
     """Give back one of what was taken, in the transaction that removes it. Without a usage there is nothing to do."""
-    lock(tx, project_id, user_id, [resource])
+    _lock_or_make(tx, project_id, user_id, [resource])
     rows = _find(tx, project_id, user_id, [resource])
     _settle(tx, [(row.id, -1, 0) for row in rows if row.in_use > 0])
 
@@ -400,7 +416,7 @@ def refund(tx: ApiTx, instance_uuid: str, *, keep: bool = False) -> bool:
     if row is None:
         return False
     charged = Charge(*row)
-    lock(tx, charged.project_id, charged.user_id, SERVER)
+    _lock_or_make(tx, charged.project_id, charged.user_id, SERVER)
     if tx.execute(_CHARGE_NOTHING if keep else _UNCHARGE, {"the_uuid": instance_uuid}).rowcount == 0:
         return False
     if not rollback(tx, instance_uuid):
@@ -448,7 +464,7 @@ def adopt(tx: ApiTx, project_id: str, charges: Sequence[Charge], *, recount: Rec
     # Locked: a deletion that is accepted later comes to its refund later.
     live = set(tx.execute(_STILL_LIVE, {"the_uuids": [one.instance_uuid for one in charges]}).scalars())
     users = set[str]()
-    lock(tx, project_id, _PROJECT, SERVER)
+    _lock_or_make(tx, project_id, _PROJECT, SERVER)
     for one in charges:
         if one.instance_uuid in live and insert_if_absent(tx, server_charges, _charge_row(one, tx.now)):
             users.add(one.user_id)
@@ -534,7 +550,7 @@ def refresh(
 
     `users` are whose rows are written beside the project's; None means every user's.
     """
-    lock(tx, project_id, _PROJECT, SERVER)
+    _lock_or_make(tx, project_id, _PROJECT, SERVER)
     counted = count(tx, project_id)
     if users is None:
         known = tx.execute(_USERS, {"the_project": project_id}).scalars()
@@ -554,32 +570,32 @@ def refresh_other(
 
     `counting` returns how many each user has ('' is the project), and is asked once nobody else can change that.
     """
-    lock(tx, project_id, user_id, [resource])
+    _lock_or_make(tx, project_id, user_id, [resource])
     counted = {(user, resource): Usage(in_use) for user, in_use in counting().items()}
     _write(tx, project_id, counted, NEVER)
 
 
 def _write(tx: ApiTx, project_id: str, usages: Mapping[tuple[str, str], Usage], recount: Recount) -> None:
-    for (user, resource), usage in sorted(usages.items(), key=lambda item: item[0]):
-        _make(tx, project_id, user, resource)
-        tx.execute(
-            _SET,
+    _make(tx, [(project_id, *key) for key in sorted(usages)])
+    tx.execute(
+        _SET,
+        [
             {
                 "the_project": project_id,
                 "the_user": user,
                 "the_resource": resource,
-                "used": usage.in_use,
-                "held": usage.reserved,
+                "used": usages[user, resource].in_use,
+                "held": usages[user, resource].reserved,
                 "uses": recount.after_uses or None,
                 "now": tx.now,
-            },
-        )
+            }
+            for user, resource in sorted(usages)
+        ],
+    )
 
 
-def _make(tx: ApiTx, project_id: str, user_id: str, resource: str, *, until_refresh: int | None = None) -> None:
-    insert_if_absent(
-        tx,
-        quota_usages,
+def _make(tx: ApiTx, keys: Collection[Key], *, until_refresh: int | None = None) -> None:
+    rows = [
         {
             "created_at": tx.now,
             "project_id": project_id,
@@ -588,8 +604,10 @@ def _make(tx: ApiTx, project_id: str, user_id: str, resource: str, *, until_refr
             "in_use": 0,
             "reserved": 0,
             "until_refresh": until_refresh,
-        },
-    )
+        }
+        for project_id, user_id, resource in keys
+    ]
+    insert_many_if_absent(tx, quota_usages, rows)
 
 
 def find(tx: ApiTx, project_id: str, user_id: str = _PROJECT) -> dict[str, Usage]:
