@@ -64,8 +64,9 @@ bench-rpc: .venv/dev.stamp ## the same of calls and casts, in memory and over Ra
 	@$(BIN)/python -m benchmarks --rpc
 
 .PHONY: soak
-soak: .venv/dev.stamp ## break separate processes on real servers for half an hour, into docs/faults.md; DATABASE=mariadb
+soak: .venv/dev.stamp ## break separate processes on real servers for an hour or two, into docs/faults.md; DATABASE=mariadb
 	@$(BIN)/python -m tests.soak --database $(or $(DATABASE),postgresql) --write docs/faults.md
+	@$(BIN)/python -m tests.quota_soak --database $(or $(DATABASE),postgresql) --write docs/faults.md
 
 # ---- install -----------------------------------------------------------------------------------------------
 
