@@ -1,7 +1,7 @@
 """The quota part of `make soak`: a million reservations, commits, refunds and recounts while processes are killed.
 
 Worker processes use the noun as the verbs do, over a proxy before the API database. They are killed with -9 and started
-again, answers to their COMMITs are cut, and they change limits meanwhile. Whoever is granted something looks, in the same
+again, answers to their COMMITs are cut, and limits change meanwhile. Whoever is granted something looks, in the same
 transaction, whether it passed the limit in force. At the end every usage must be what a recount gives, and zero once
 every charge is given back.
 """
