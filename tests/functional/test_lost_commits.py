@@ -23,7 +23,7 @@ from tests.proxy import Proxy
 
 pytestmark = [pytest.mark.anyio, pytest.mark.slow]
 
-ACCEPTED = rb"INSERT INTO build_requests.*COMMIT\b"
+ACCEPTED = rb"INSERT INTO server_charges.*COMMIT\b"
 KEYED = rb"INSERT INTO idempotency_keys.*COMMIT\b"
 
 

@@ -309,7 +309,7 @@ class Quotas:
                     f"Cell {', '.join(silent)} has servers of project {missing.project_id} that were never counted, "
                     "and does not answer",
                 )
-        await self._cells.databases.on(API).write(_refresh, missing, self.recount)
+        await self._cells.databases.on(API).write_once(None, _refresh, missing, self.recount)
 
     async def _charge_found(self, context: RequestContext, project_id: str | None) -> list[str]:
         """Charge the servers, of a project or all, that nobody has charged; return the cells that did not answer."""
@@ -330,7 +330,7 @@ class Quotas:
             for cell, outcome in (await gather(self._cells, context, waiting, ask)).items():
                 if isinstance(outcome, Answered):
                     for project, sizes in _by_project(outcome.value).items():
-                        await api.write(_adopt, project, sizes, self.recount)
+                        await api.write_once(None, _adopt, project, sizes, self.recount)
                 else:
                     silent[cell.id] = cell.ref.name
             if len(page) < _CHUNK:
