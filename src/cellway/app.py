@@ -180,7 +180,14 @@ class Application:
 
     def open_http(self, identity: BuiltinIdentity) -> http_shell.Asgi:
         """Return the whole port: compute, identity and images."""
-        services = http_shell.Services(
+        compute = http_shell.build(self.open_services(identity), identity.tokens)
+        return http_shell.one_port(
+            {"/compute": compute, "/identity": identity.app, "/image": identity.app}, self.check_api
+        )
+
+    def open_services(self, identity: BuiltinIdentity) -> http_shell.Services:
+        """Return what the compute API answers with."""
+        return http_shell.Services(
             compute=self.open_compute(identity),
             quotas=self.quotas,
             projects=identity.store,
@@ -192,10 +199,6 @@ class Application:
             ids=self.ids,
             compute_url=f"{self.public_endpoint}/compute/v2.1",
             identity_url=f"{self.public_endpoint}/identity",
-        )
-        compute = http_shell.build(services, identity.tokens)
-        return http_shell.one_port(
-            {"/compute": compute, "/identity": identity.app, "/image": identity.app}, self.check_api
         )
 
     def open_compute(self, identity: BuiltinIdentity) -> ComputeApi:

@@ -35,6 +35,7 @@ from cellway.http import (
     metadata,
     microversions,
     quotas,
+    server_groups,
     servers,
     services,
     tags,
@@ -65,6 +66,7 @@ ROUTES: tuple[Route, ...] = (
     *limits.ROUTES,
     *quotas.ROUTES,
     *aggregates.ROUTES,
+    *server_groups.ROUTES,
 )
 """Every call that is served under `/v2.1`. The first row that fits path, method and microversion answers."""
 
