@@ -27,6 +27,7 @@ from cellway.compute.delete import Deleter
 from cellway.compute.fleet import Fleet
 from cellway.compute.host_api import HostApi
 from cellway.compute.limits import Quotas
+from cellway.compute.usage import UsageApi
 from cellway.compute.watch import Watch
 from cellway.config import AgentSection, Config, Secret
 from cellway.context import Clock, SystemClock, service_context
@@ -192,6 +193,7 @@ class Application:
             quotas=self.quotas,
             projects=identity.store,
             hosts=self.hosts,
+            usage=UsageApi(self.cells),
             api=self.databases.on(API),
             policy=Policy.load(Path(self.config.api.policy_file) if self.config.api.policy_file else None),
             limits=self.config.limits,

@@ -111,6 +111,15 @@ class RealClient:
         plane.client(MEMBER, "server", "group", "delete", "apart", form="")
         assert plane.client(MEMBER, "server", "group", "list") == []
 
+    def test_usage_is_listed_and_shown(self, plane: Plane, server: str) -> None:
+        """`usage list` has every project for an admin, and `usage show` the member's own."""
+        project = plane.client(MEMBER, "token", "issue")["project_id"]
+        [listed] = [row for row in plane.client(ADMIN, "usage", "list") if row["Project"] == project]
+        shown = plane.client(MEMBER, "usage", "show")
+        for row in (listed, shown):
+            assert server in [one["instance_id"] for one in row["Servers"]]
+            assert 0 < row["CPU Hours"] < row["RAM MB-Hours"]
+
     def test_what_else_users_ask_for(self, plane: Plane, server: str) -> None:
         """`availability zone list`, `limits show --absolute`, `image list` and `token issue` answer."""
         zones = plane.client(MEMBER, "availability", "zone", "list", "--compute")

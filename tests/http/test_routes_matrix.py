@@ -120,6 +120,8 @@ TABLE: dict[tuple[str, str, int, int | None], Row] = {
     ("GET", "/os-availability-zone", 1, None): Row(200, 200, 200, 200),
     ("GET", "/os-availability-zone/detail", 1, None): Row(403, 403, 403, 200),
     ("GET", "/limits", 1, None): Row(200, 200, 200, 200),
+    ("GET", "/os-simple-tenant-usage", 1, None): Row(403, 403, 403, 200),
+    ("GET", "/os-simple-tenant-usage/{id}", 1, None): Row(200, 403, 200, 200, {"id": "project"}),
     ("GET", "/os-server-groups", 1, None): Row(200, 200, 200, 200),
     ("POST", "/os-server-groups", 1, None): Row(200, 200, 403, 200, body=NEW_GROUP),
     ("GET", "/os-server-groups/{id}", 1, None): Row(200, 404, 200, 200, {"id": "group"}),
@@ -222,6 +224,7 @@ async def world(shared: Deployment, anyio_backend: str) -> AsyncIterator[World]:
         "flavor": "m1.tiny",
         "service": (await shared.admin.get("/os-services")).json["services"][0]["id"],
         "hypervisor": (await shared.admin.get("/os-hypervisors")).json["hypervisors"][0]["id"],
+        "project": project.id,
         "random": RANDOM,
     }
     world.known["group"] = await world.value("fresh group")
