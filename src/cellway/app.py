@@ -27,6 +27,7 @@ from cellway.compute.delete import Deleter
 from cellway.compute.fleet import Fleet
 from cellway.compute.host_api import HostApi
 from cellway.compute.limits import Quotas
+from cellway.compute.usage import UsageApi
 from cellway.compute.watch import Watch
 from cellway.config import AgentSection, Config, Secret
 from cellway.context import Clock, SystemClock, service_context
@@ -180,11 +181,19 @@ class Application:
 
     def open_http(self, identity: BuiltinIdentity) -> http_shell.Asgi:
         """Return the whole port: compute, identity and images."""
-        services = http_shell.Services(
+        compute = http_shell.build(self.open_services(identity), identity.tokens)
+        return http_shell.one_port(
+            {"/compute": compute, "/identity": identity.app, "/image": identity.app}, self.check_api
+        )
+
+    def open_services(self, identity: BuiltinIdentity) -> http_shell.Services:
+        """Return what the compute API answers with."""
+        return http_shell.Services(
             compute=self.open_compute(identity),
             quotas=self.quotas,
             projects=identity.store,
             hosts=self.hosts,
+            usage=UsageApi(self.cells),
             api=self.databases.on(API),
             policy=Policy.load(Path(self.config.api.policy_file) if self.config.api.policy_file else None),
             limits=self.config.limits,
@@ -192,10 +201,6 @@ class Application:
             ids=self.ids,
             compute_url=f"{self.public_endpoint}/compute/v2.1",
             identity_url=f"{self.public_endpoint}/identity",
-        )
-        compute = http_shell.build(services, identity.tokens)
-        return http_shell.one_port(
-            {"/compute": compute, "/identity": identity.app, "/image": identity.app}, self.check_api
         )
 
     def open_compute(self, identity: BuiltinIdentity) -> ComputeApi:

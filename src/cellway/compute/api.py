@@ -13,7 +13,7 @@ from typing import Concatenate, ParamSpec, TypeVar
 import msgspec
 import structlog
 
-from cellway import builds, flavors, keypairs
+from cellway import builds, flavors, keypairs, server_groups
 from cellway.builds import NewBuild
 from cellway.cells import mappings
 from cellway.cells.mappings import InstanceMapping
@@ -75,6 +75,7 @@ class NewServer:
     auto_disk_config: bool = False
     access_ip_v4: str | None = None
     access_ip_v6: str | None = None
+    group: str | None = None
     metadata: Mapping[str, str] = field(default_factory=dict)
     tags: tuple[str, ...] = ()
     allow_zero_disk: bool = False
@@ -113,7 +114,7 @@ class ComputeApi:
     async def create_servers(self, context: RequestContext, new: NewServer) -> list[Instance]:
         """Accept servers: everything about them is written in one transaction, and they will be built.
 
-        Raises: Invalid for an unknown flavor, image, key or zone, or an image that the flavor cannot hold.
+        Raises: Invalid for an unknown flavor, image, key, zone or group, or an image that the flavor cannot hold.
         """
         image = await self._images.find(new.image_id)
         if image is None:
@@ -202,12 +203,15 @@ class ComputeApi:
             )
             for index, uuid in enumerate(uuids)
         ]
-        spec = msgspec.json.encode(BuildSpec(request_id=context.request_id, zone=new.zone, host=new.host)).decode()
+        wanted = BuildSpec(request_id=context.request_id, zone=new.zone, host=new.host, group=new.group)
+        spec = msgspec.json.encode(wanted).decode()
         builds.create(
             tx,
             [NewBuild(one.uuid, one.project_id, msgspec.json.encode(one).decode(), spec) for one in made],
         )
         mappings.create_instances(tx, uuids, project_id=context.project_id, user_id=context.user_id)
+        if new.group is not None:
+            _join_group(tx, context, new.group, uuids)
         charges = [Charge(one.uuid, one.project_id, one.user_id, one.vcpus, one.memory_mb) for one in made]
 
         def allowed() -> Allowed:
@@ -513,6 +517,19 @@ def _check_image(flavor: Flavor, image: Image) -> None:
         raise Invalid("server.too_little_ram", "Flavor's memory is too small for requested image.", image=image.id)
     if flavor.root_gb and image.min_disk_gb > flavor.root_gb:
         raise Invalid("server.too_little_disk", "Flavor's disk is too small for requested image.", image=image.id)
+
+
+def _join_group(tx: ApiTx, context: RequestContext, uuid: str, servers: Sequence[str]) -> None:
+    """Make new servers members of a group of their project, which is held from then on: no other joins meanwhile.
+
+    Raises: Invalid when the project has no such group.
+    """
+    try:
+        if server_groups.get(tx, uuid).project_id != context.project_id:
+            raise server_groups.not_found(uuid)
+        server_groups.add_members(tx, uuid, servers)
+    except NotFound as error:
+        raise Invalid("server.no_group", error.message, group=uuid) from error
 
 
 def _hostname(name: str, uuid: str) -> str:

@@ -9,7 +9,7 @@ import asyncio
 
 import structlog
 
-from cellway import builds, hosts
+from cellway import builds, hosts, server_groups
 from cellway.builds import DeleteRequest
 from cellway.cells import mappings
 from cellway.cells.registry import Cell, Cells
@@ -148,5 +148,6 @@ class Deleter:
 
 def _settle(tx: ApiTx, uuid: str) -> None:
     builds.finish_delete(tx, uuid)
+    server_groups.remove_member(tx, uuid)
     hosts.release(tx, uuid)
     usage.refund(tx, uuid)

@@ -19,6 +19,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from cellway.compute.api import ComputeApi
 from cellway.compute.host_api import HostApi
 from cellway.compute.limits import Quotas
+from cellway.compute.usage import UsageApi
 from cellway.config import Limits
 from cellway.context import Clock, RequestContext
 from cellway.db.engines import Database
@@ -35,9 +36,11 @@ from cellway.http import (
     metadata,
     microversions,
     quotas,
+    server_groups,
     servers,
     services,
     tags,
+    tenant_usage,
     versions,
     zones,
 )
@@ -65,6 +68,8 @@ ROUTES: tuple[Route, ...] = (
     *limits.ROUTES,
     *quotas.ROUTES,
     *aggregates.ROUTES,
+    *server_groups.ROUTES,
+    *tenant_usage.ROUTES,
 )
 """Every call that is served under `/v2.1`. The first row that fits path, method and microversion answers."""
 
@@ -77,6 +82,7 @@ class Services:
     quotas: Quotas
     projects: ProjectDirectory
     hosts: HostApi
+    usage: UsageApi
     api: Database[ApiTx]
     policy: Policy
     limits: Limits

@@ -119,9 +119,17 @@ RULES: Mapping[str, str] = {
     "os_compute_api:os-aggregates:show": _ADMIN,
     "os_compute_api:os-availability-zone:list": _ANYONE,
     "os_compute_api:os-availability-zone:detail": _ADMIN,
-    # Limits
+    # Server groups
+    "os_compute_api:os-server-groups:index": _READER,
+    "os_compute_api:os-server-groups:index:all_projects": _ADMIN,
+    "os_compute_api:os-server-groups:show": _READER,
+    "os_compute_api:os-server-groups:create": _MEMBER,
+    "os_compute_api:os-server-groups:delete": _MEMBER,
+    # Limits and usage
     "os_compute_api:limits": _ANYONE,
     "os_compute_api:limits:other_project": _ADMIN,
+    "os_compute_api:os-simple-tenant-usage:list": _ADMIN,
+    "os_compute_api:os-simple-tenant-usage:show": _READER,
     # Quotas
     "os_compute_api:os-quota-sets:show": _READER,
     "os_compute_api:os-quota-sets:defaults": _ANYONE,
@@ -141,7 +149,7 @@ _NOT_SERVED = frozenset(
     os-create-backup os-deferred-delete os-evacuate os-floating-ip-pools os-floating-ips os-hosts
     os-instance-usage-audit-log os-migrate-server os-migrations os-multinic os-networks
     os-remote-consoles os-rescue os-security-groups os-server-diagnostics os-server-external-events
-    os-server-groups os-server-password os-server-shares os-shelve os-simple-tenant-usage os-tenant-networks
+    os-server-password os-server-shares os-shelve os-tenant-networks
     os-unrescue os-volumes os-volumes-attachments servers:confirm_resize servers:create:attach_network
     servers:create:attach_volume servers:create:trusted_certs servers:create_image servers:migrations servers:rebuild
     servers:resize servers:revert_resize servers:trigger_crash_dump

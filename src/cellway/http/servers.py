@@ -174,12 +174,18 @@ class CreateServer52(CreateServer19, frozen=True):
     tags: Annotated[list[Tag], Meta(max_length=50)] = []
 
 
+class Hints(msgspec.Struct, frozen=True):
+    """Scheduler hints. Only the server group is heeded; what else a client may send is ignored."""
+
+    group: str | UnsetType = UNSET
+
+
 class CreateBody(Body, frozen=True):
     """`POST /servers`"""
 
     server: CreateServer
-    hints: dict[str, Any] = msgspec.field(default_factory=dict, name="os:scheduler_hints")
-    old_hints: dict[str, Any] = msgspec.field(default_factory=dict, name="OS-SCH-HNT:scheduler_hints")
+    hints: Hints | UnsetType = msgspec.field(default=UNSET, name="os:scheduler_hints")
+    old_hints: Hints = msgspec.field(default=Hints(), name="OS-SCH-HNT:scheduler_hints")
 
 
 class CreateBody19(CreateBody, frozen=True):
@@ -197,7 +203,8 @@ class CreateBody52(CreateBody19, frozen=True):
 async def create(call: Call) -> Answer:
     """`POST /servers`"""
     kind = CreateBody52 if call.version >= 52 else CreateBody19 if call.version >= 19 else CreateBody
-    wanted = call.decode(kind).server
+    body = call.decode(kind)
+    wanted = body.server
     _check_networks(call, wanted)
     if wanted.personality:
         raise Invalid("server.no_personality", "Files cannot be put into servers here: send user_data")
@@ -218,6 +225,7 @@ async def create(call: Call) -> Answer:
         auto_disk_config=wanted.disk_config == "AUTO",
         access_ip_v4=access_ip(wanted.accessIPv4, 4),
         access_ip_v6=access_ip(wanted.accessIPv6, 6),
+        group=_group(body),
         metadata=wanted.metadata,
         tags=tuple(wanted.tags) if isinstance(wanted, CreateServer52) else (),
         allow_zero_disk=call.allows("os_compute_api:servers:create:zero_disk_flavor"),
@@ -302,6 +310,16 @@ def _zone_and_host(call: Call, zone: str | None) -> tuple[str | None, str | None
         raise Invalid("server.bad_zone", "Unable to parse availability_zone")
     call.require(rule="os_compute_api:servers:create:forced_host")
     return name or None, host or node or None
+
+
+def _group(body: CreateBody) -> str | None:
+    """Return the server group that the hints name. Raises: Invalid for what cannot be one."""
+    group = (body.old_hints if body.hints is UNSET else body.hints).group
+    if group is UNSET:
+        return None
+    if not is_uuid(group):
+        raise Invalid("server.bad_group", "The scheduler hint group must be the uuid of a server group")
+    return group.lower()
 
 
 def access_ip(text: str | None, version: int) -> str | None:
