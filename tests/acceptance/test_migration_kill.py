@@ -1,0 +1,45 @@
+"""`kill -9` of the command that moves limits, two of them at once, while the API changes limits (M1, M2, M3, L8)."""
+
+from pathlib import Path
+
+import pytest
+
+from cellway.quota.moving import Rule
+from tests.acceptance.migration_trial import BLOCKED, CELLS, Trial, torment, trial
+from tests.databases import SLOW_SERVERS
+
+
+def check(running: Trial) -> None:
+    """What came out is what the rule says, nothing was ever nowhere, and only what cannot be moved is left."""
+    assert running.lost == []
+    assert running.result() == running.expected()
+    assert running.left() == BLOCKED * len(CELLS)
+    assert running.said == {3: 1}
+
+
+@pytest.mark.parametrize("kind", SLOW_SERVERS)
+def test_a_run_that_is_left_alone_gives_what_the_rule_says(kind: str, tmp_path: Path) -> None:
+    """One undisturbed run, which the others are compared with through the same model."""
+    with trial(kind, tmp_path, rule=Rule.KEEP, seed=1, rows_per_cell=300) as running:
+        running.change_over_api(5)
+        torment(running, kills=0, seconds=0, batch=50)
+        check(running)
+
+
+@pytest.mark.parametrize("kind", SLOW_SERVERS)
+def test_runs_that_are_killed_give_the_same(kind: str, tmp_path: Path) -> None:
+    """Two runs at once, killed at random moments four times, then one that is not."""
+    with trial(kind, tmp_path, rule=Rule.LOWEST, seed=2, rows_per_cell=2000) as running:
+        torment(running, kills=4, seconds=0.3, batch=10)
+        assert running.at_work > 4
+        check(running)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rule", [Rule.KEEP, Rule.HIGHEST])
+def test_many_rows_killed_often(tmp_path: Path, rule: Rule) -> None:
+    """Three cells of 20,000 rows each, ten times two runs at once that are killed."""
+    with trial("sqlite", tmp_path, rule=rule, seed=3, rows_per_cell=20_000) as running:
+        torment(running, kills=10, seconds=0.3, batch=200)
+        assert running.at_work > 10
+        check(running)
