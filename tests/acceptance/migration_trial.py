@@ -56,7 +56,10 @@ class Trial:
     """The exit statuses of the runs."""
     rows: int = 0
     at_work: int = 0
-    """How many of the runs that were killed had moved rows and had some to move."""
+    """How many of the runs that were killed had not come to their end."""
+    looks: int = 0
+    changes: int = 0
+    """Limits that were set, and owners whose limits were deleted, over the API."""
 
     # ---- before
 
@@ -114,6 +117,7 @@ class Trial:
     def change_over_api(self, times: int) -> None:
         """Set some limits and delete some owners', as the API does."""
         keys = self.dice.sample(sorted(self.known(), key=repr), 2 * times)
+        self.changes += len(keys)
         asyncio.run(self._change(keys[:times], {(kind, owner) for kind, owner, _ in keys[times:]}))
 
     async def _change(self, keys: list[Key], owners: set[tuple[Kind, Owner]]) -> None:
@@ -134,6 +138,7 @@ class Trial:
 
     def look(self) -> None:
         """Note every limit that stands neither in a cell nor in the API database, at this moment."""
+        self.looks += 1
         # In this order: what leaves a cell was in the API database before.
         live = set[Key]()
         for cell in CELLS:
@@ -243,21 +248,26 @@ def trial(kind: str, folder: Path, *, rule: Rule, seed: int, rows_per_cell: int)
         yield running
 
 
-def torment(running: Trial, *, kills: int, seconds: float, batch: int, changes: int = 2) -> None:
-    """Let two runs at once be killed so often, the API change limits between, and look for what is lost all the while.
+def torment(running: Trial, *, kills: int, seconds: float, batch: int, changes: int = 2) -> float:
+    """Let two runs at once be killed so often, the API change limits between, and look for what is lost.
 
-    They are killed at a random moment in so many seconds after rows have begun to move. In the end one is left alone.
+    They are killed at random moments in so many seconds after rows have begun to move. In the end one is left alone;
+    return how long that took.
     """
-    for _ in range(kills):
+    for number in range(kills):
         before = running.left()
         processes = [running.start(batch=batch) for _ in range(2)]
         while running.left() == before and all(process.poll() is None for process in processes):
             time.sleep(0.01)
-        time.sleep(running.dice.uniform(0, seconds))
         running.change_over_api(changes)
+        if number % 3 == 0:
+            running.look()
         for process in running.dice.sample(processes, 2):
-            running.at_work += process.poll() is None and running.left() < before
+            time.sleep(running.dice.uniform(0, seconds / 2))
+            running.at_work += process.poll() is None
             process.kill()
             process.wait()
-            running.look()
+        running.look()
+    began = time.monotonic()
     running.finish(running.start(batch=batch))
+    return time.monotonic() - began
