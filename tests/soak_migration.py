@@ -37,8 +37,8 @@ def soak(kind: str, rule: Rule, rows: int, kills: int, seed: int) -> tuple[str, 
             else f"{wrong} wrong, {len(running.lost)} lost, {left} rows left, exit {dict(running.said)}"
         )
         return (
-            f"| `{rule}` | {running.rows} | {2 * kills} kills, {running.at_work} of them at work; {running.changes} sets "
-            f"and deletions over the API; seed {seed} | {seconds:.0f} s, the last run {last:.1f} s "
+            f"| `{rule}` | {running.rows} | {2 * kills} kills, {running.at_work} of them at work; {running.changes} "
+            f"sets and deletions over the API; seed {seed} | {seconds:.0f} s, the last run {last:.1f} s "
             f"| {verdict}; {left} rows without an owner left and listed |",
             held,
         )
