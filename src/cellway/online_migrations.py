@@ -17,7 +17,7 @@ from functools import partial
 from typing import Any, Final
 
 import structlog
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import DataError, DBAPIError
 
 from cellway import migration_state
 from cellway.cells.registry import Cell, Cells
@@ -67,6 +67,8 @@ class Migration:
     """Write a batch into the API database and read it back."""
     plan: Callable[[ApiTx, Sequence[Any], Rule, Source, dict[Any, Any]], list[Outcome]]
     """Say what `move` would do after everything that was put into the dictionary before, and write nothing."""
+    refuse: Callable[[Any, str], Outcome]
+    """Say that a row cannot be moved, and why."""
     bury: Callable[[CellTx, Sequence[Any]], int]
     """Soft-delete rows in the cell; return how many were live."""
 
@@ -81,6 +83,7 @@ def _of_limits(kind: Kind) -> Migration:
         list_rows=partial(_flipped, legacy.list_rows, kind),
         move=lambda tx, rows, rule, source: told(moving.move(tx, kind, rows, rule, source)),
         plan=lambda tx, rows, rule, source, planned: told(moving.plan(tx, kind, rows, rule, source, planned)),
+        refuse=lambda row, reason: _told(moving.Outcome(row, moving.Fate.BLOCKED, reason=reason)),
         bury=legacy.bury,
     )
 
@@ -313,7 +316,8 @@ class _Visit:
             if not self.options.dry:
                 await self.api.write(migration_state.reopen, self.migration.name, self.cell_uuid)
             self.was_complete = False
-        while rows:
+        before = part.done
+        while rows and not self.stopping.is_set():
             outcomes = await self._decide(rows)
             self.watch(part, outcomes)
             batch = await self._bury(rows, [outcome.row for outcome in outcomes if outcome.is_settled])
@@ -323,13 +327,32 @@ class _Visit:
                 part.left = batch.left - (part.done if self.options.dry else 0)
             self.watch(part, ())
             if rows and self.options.sleep_seconds:
-                await self.clock.sleep(self.options.sleep_seconds)
+                await self._rest()
+        if rows:
+            part.left = left - (part.done - before)
+
+    async def _rest(self) -> None:
+        """Sleep, but not on when the run is told to stop."""
+        resting = asyncio.create_task(self.clock.sleep(self.options.sleep_seconds))
+        told = asyncio.create_task(self.stopping.wait())
+        try:
+            await asyncio.wait((resting, told), return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            resting.cancel()
+            told.cancel()
 
     async def _decide(self, rows: Sequence[Any]) -> list[Outcome]:
         if self.options.dry:
             return await self.api.read(self.migration.plan, rows, self.options.rule, self.source, self.planned)
         done = self.part.done - self.recorded
-        outcomes = await self.api.write_once(None, self._move, rows, done)
+        try:
+            outcomes = await self.api.write_once(None, self._move, rows, done)
+        except DataError:
+            # Such as a character that the tables of an adopted API database cannot hold: which row is it of?
+            if len(rows) == 1:
+                return [self.migration.refuse(rows[0], "the API database cannot hold it")]
+            middle = len(rows) // 2
+            return [*await self._decide(rows[:middle]), *await self._decide(rows[middle:])]
         self.recorded += done
         return outcomes
 

@@ -1,5 +1,8 @@
 """`kill -9` of the command that moves limits, two of them at once, while the API changes limits (M1, M2, M3, L8)."""
 
+import json
+import signal
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -32,6 +35,26 @@ def test_runs_that_are_killed_give_the_same(kind: str, tmp_path: Path) -> None:
     with trial(kind, tmp_path, rule=Rule.LOWEST, seed=2, rows_per_cell=2000) as running:
         torment(running, kills=4, seconds=0.3, batch=10)
         assert running.at_work > 4
+        check(running)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_run_that_is_told_to_stop_ends_after_its_batch(tmp_path: Path, number: signal.Signals) -> None:
+    """It ends at once, also out of its rest, with 130 and a document of what it did; the next run goes on."""
+    with trial("sqlite", tmp_path, rule=Rule.KEEP, seed=4, rows_per_cell=300) as running:
+        before = running.left()
+        process = running.start("--sleep", "600", batch=50, output=subprocess.PIPE)
+        while running.left() == before:
+            assert process.poll() is None
+        process.send_signal(number)
+        output, _ = process.communicate(timeout=60)
+        document = json.loads(output)
+        assert process.returncode == 130
+        first = document["items"][1]
+        assert (first["cell"], first["found"], first["blocked"]) == ("cell1", 50, BLOCKED)
+        assert sum(total["done"] for total in document["totals"]) == 50 - BLOCKED == before - running.left()
+        assert first["left"] == 180 + BLOCKED - first["done"]
+        torment(running, kills=0, seconds=0, batch=50)
         check(running)
 
 

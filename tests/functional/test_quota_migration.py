@@ -489,6 +489,31 @@ async def test_a_name_that_the_api_database_takes_for_another_is_blocked(running
     assert await left(running, Kind.CLASS) == {"cell1": 1}
 
 
+@pytest.mark.anyio
+@pytest.mark.slow
+async def test_a_name_that_an_adopted_api_database_cannot_hold_is_blocked(tmp_path: Path, anyio_backend: str) -> None:
+    """A character of four bytes, where the incumbent's tables take three at most, stops no other row of its batch."""
+    with ExitStack() as opened:
+        urls: dict[str, Secret] = {}
+        for name in ("api", "cell0", "cell1", "cell2"):
+            urls[name] = upgraded(
+                opened.enter_context(empty_database("mariadb", tmp_path)), Tree.API if name == "api" else Tree.CELL
+            )
+        engine = engine_of(urls["api"])
+        with engine.begin() as connection:
+            connection.exec_driver_sql("ALTER TABLE quota_classes CONVERT TO CHARACTER SET utf8mb3")
+        engine.dispose()
+        async with open_deployment(
+            tmp_path / "data", hosts_per_cell=1, builder=False, databases=lambda name: urls[name]
+        ) as running:
+            names = ["a", "b\U0001f600", "c", "é", "d"]
+            await fill(running, "cell1", Kind.CLASS, *(row_of(Kind.CLASS, name, "cores", 1) for name in names))
+            report = await migrate(running)
+            assert await limits(running, Kind.CLASS) == {(name, "cores"): 1 for name in names if len(name) == 1}
+            [blocked] = [one for part in report.parts for one in part.blocked]
+            assert (blocked.key, blocked.reason) == ("b\U0001f600/cores", "the API database cannot hold it")
+
+
 # ---- the rule, without a database ------------------------------------------------------------------------------
 
 CELLS = st.dictionaries(st.integers(1, 4), st.integers(-1, 3), min_size=1)

@@ -21,11 +21,13 @@ from cellway.db import api_tables
 from cellway.db.api_tables import migrated_keys
 from cellway.db.transaction import ApiTx, insert_many_if_absent
 from cellway.quota.legacy import (
+    FORMS,
     OWNER_COLUMNS,
     UNLIMITED,
     Kind,
     LegacyLimit,
     Owner,
+    are_plain,
     is_deleted,
     key_of,
     lock_owners,
@@ -179,8 +181,11 @@ class _Statements:
     def __init__(self, kind: Kind) -> None:
         self.table = api_tables.API_METADATA.tables[kind.value]
         columns = [self.table.c[name] for name in OWNER_COLUMNS[kind]]
-        self.read = sa.select(self.table.c.id, *columns, self.table.c.resource, self.table.c.hard_limit).where(
-            *(column.in_(sa.bindparam(f"every_{column.name}", expanding=True)) for column in columns)
+        self.read, self.read_by_bytes = (
+            sa.select(self.table.c.id, *columns, self.table.c.resource, self.table.c.hard_limit).where(
+                *(form(column).in_(sa.bindparam(f"every_{column.name}", expanding=True)) for column in columns)
+            )
+            for form in FORMS
         )
         self.update = (
             sa.update(self.table)
@@ -254,11 +259,12 @@ def _read(tx: ApiTx, kind: Kind, rows: Sequence[LegacyLimit]) -> dict[Limit, Hel
     wanted = {_limit_of(row) for row in rows}
     if not wanted:
         return {}
-    names = zip(OWNER_COLUMNS[kind], zip(*(row.names for row in rows), strict=True), strict=True)
+    names = [sorted({*map(str, every)}) for every in zip(*(row.names for row in rows), strict=True)]
+    statements = _STATEMENTS[kind]
+    statement = statements.read if all(map(are_plain, names)) else statements.read_by_bytes
+    parameters = {f"every_{column}": every for column, every in zip(OWNER_COLUMNS[kind], names, strict=True)}
     found: dict[Limit, Held] = {}
-    for number, *owner, resource, value in tx.execute(
-        _STATEMENTS[kind].read, {f"every_{column}": sorted({*map(str, given)}) for column, given in names}
-    ):
+    for number, *owner, resource, value in tx.execute(statement, parameters):
         limit: Limit = (tuple(owner) if len(owner) > 1 else owner[0], resource)
         if limit in wanted:
             found[limit] = Held(UNLIMITED if value is None or value < 0 else value, None, number)
