@@ -100,7 +100,7 @@ def _told(outcome: moving.Outcome) -> Outcome:
     return Outcome(
         row=row,
         row_id=row.id,
-        key="/".join(map(str, (*row.names, row.resource))),
+        key="/".join("NULL" if name is None else str(name) for name in (*row.names, row.resource)),
         fate=outcome.fate.value,
         is_settled=outcome.is_settled,
         is_difference=outcome.fate not in _EXPECTED,

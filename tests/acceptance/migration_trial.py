@@ -98,7 +98,9 @@ class Trial:
         """Return the command that migrates."""
         return [*CELLWAY, "db", "online-data-migrations", "--on-conflict", self.rule, "--format", "json", *more]
 
-    def start(self, *more: str, batch: int, output: int = subprocess.DEVNULL) -> "subprocess.Popen[bytes]":
+    def start(
+        self, *more: str, batch: int, output: int = subprocess.DEVNULL, errors: int = subprocess.DEVNULL
+    ) -> "subprocess.Popen[bytes]":
         """Start a run of the real command."""
         environ = {
             **os.environ,
@@ -106,7 +108,7 @@ class Trial:
             "CELLWAY_LIMITS__MIGRATION_BATCH": str(batch),
             "CELLWAY_LIMITS__DATABASE_DEADLINE_SECONDS": "60",
         }
-        return subprocess.Popen(self.command(*more), stdout=output, stderr=subprocess.DEVNULL, env=environ)
+        return subprocess.Popen(self.command(*more), stdout=output, stderr=errors, env=environ)
 
     def finish(self, process: "subprocess.Popen[bytes]") -> int:
         """Wait for a run to end by itself."""

@@ -1,6 +1,9 @@
 """`kill -9` of the command that moves limits, two of them at once, while the API changes limits (M1, M2, M3, L8)."""
 
 import json
+import os
+import pty
+import re
 import signal
 import subprocess
 from pathlib import Path
@@ -56,6 +59,24 @@ def test_a_run_that_is_told_to_stop_ends_after_its_batch(tmp_path: Path, number:
         assert first["left"] == 180 + BLOCKED - first["done"]
         torment(running, kills=0, seconds=0, batch=50)
         check(running)
+
+
+def test_a_terminal_shows_how_far_it_is(tmp_path: Path) -> None:
+    """On a terminal there is a bar on stderr, and stdout has the document alone."""
+    with trial("sqlite", tmp_path, rule=Rule.KEEP, seed=5, rows_per_cell=100) as running:
+        ours, theirs = pty.openpty()
+        shown = bytearray()
+        with os.fdopen(ours, "rb", buffering=0) as terminal:
+            process = running.start("--sleep", "0.3", batch=50, output=subprocess.PIPE, errors=theirs)
+            os.close(theirs)
+            # This is how Linux says that the other end was closed.
+            with pytest.raises(OSError, match="Input/output error"):
+                while chunk := terminal.read(4096):
+                    shown += chunk
+            output, _ = process.communicate(timeout=60)
+        assert process.returncode == 3
+        assert json.loads(output)["schema"] == "cellway.db.online-data-migrations/1"
+        assert "quotas  cell1 ━" in re.sub(r"\x1b\[[\d;?]*[A-Za-z]", "", shown.decode())
 
 
 @pytest.mark.slow

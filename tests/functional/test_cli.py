@@ -222,16 +222,21 @@ def test_rows_that_cannot_be_moved_make_it_3(run: Run, data: Path) -> None:
     for options in (("--dry-run",), ()):
         answer = run(*MIGRATE, "--on-conflict", "fail", *options)
         assert answer.status == 3
-        assert "quotas  cell1  row 1  None/cores: 10 blocked: project_id is NULL" in answer.out
+        assert "quotas  cell1  row 1  NULL/cores: 10 blocked: project_id is NULL" in answer.out
         assert "quotas  cell2  row 1  p/ram: 2 blocked, 1 stands: another cell has another value" in answer.out
     document = run(*MIGRATE, "--on-conflict", "fail", "-f", "json").json
     assert [(one["cell"], one["key"], one["reason"]) for one in document["blocked"]] == [
-        ("cell1", "None/cores", "project_id is NULL"),
+        ("cell1", "NULL/cores", "project_id is NULL"),
         ("cell2", "p/ram", "another cell has another value"),
     ]
     answer = run(*MIGRATE, "--on-conflict", "lowest")
     assert answer.status == 3
     assert "p/ram: 2 kept, 1 stands" in answer.out
+    status = items(run("db", "migrations", "status", "-f", "json"))
+    assert {cell: status["quotas", cell]["state"] for cell in ("cell1", "cell2")} == {
+        "cell1": "blocked",
+        "cell2": "complete",
+    }
 
 
 def test_a_cell_that_does_not_answer_makes_it_2(run: Run, data: Path) -> None:

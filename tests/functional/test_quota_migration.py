@@ -288,7 +288,7 @@ async def test_rows_that_cannot_be_moved_stay_and_stop_no_others(running: Deploy
         report = await migrate(running)
         assert report.done == done
         [part] = [part for part in report.parts if part.blocked]
-        assert [(one.key, one.reason) for one in part.blocked] == [("None/cores", "project_id is NULL")] * 2
+        assert [(one.key, one.reason) for one in part.blocked] == [("NULL/cores", "project_id is NULL")] * 2
         assert (part.left, part.has_more) == (2, False)
     assert await complete(running) == EVERYWHERE - {("quotas", "cell1")}
     [status] = [
@@ -463,8 +463,8 @@ async def test_a_cell_of_the_incumbent_is_migrated_in_place(kind: str, tmp_path:
             assert await limits(running, Kind.CLASS) == {("a", "cores"): 0, ("A", "cores"): 1}
             assert [await left(running, one) for one in Kind] == [{"cell1": 1}, {}, {"cell1": 1}]
             assert {(key, fate) for _, key, fate, _, _ in told(report)} == {
-                ("None/cores", "blocked"),
-                ("a/None", "blocked"),
+                ("NULL/cores", "blocked"),
+                ("a/NULL", "blocked"),
                 ("a/cores", "duplicate"),
             }
             [unknown] = [dict(part.unknown) for part in report.parts if part.unknown]

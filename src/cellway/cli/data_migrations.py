@@ -15,7 +15,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from typer.core import TyperCommand
 
 from cellway import online_migrations
@@ -132,7 +132,7 @@ class _Shown:
         self._to_stdout = form == Format.TABLE
         self._clock = clock
         self._bar = bar
-        self._tasks: dict[tuple[str, str], TaskID] = {}
+        self._task = None if bar is None else bar.add_task("", total=None)
         self._said_at = clock.monotonic()
 
     def batch(self, part: Part, outcomes: Sequence[Outcome]) -> None:
@@ -140,11 +140,10 @@ class _Shown:
         for outcome in outcomes:
             if outcome.is_difference:
                 print(_line(part, outcome), file=sys.stdout if self._to_stdout else sys.stderr, flush=True)
-        if self._bar is not None:
-            key = part.migration, part.cell
-            if key not in self._tasks:
-                self._tasks[key] = self._bar.add_task(f"{part.migration}  {part.cell}", total=part.total)
-            self._bar.update(self._tasks[key], completed=part.found, total=part.total)
+        if self._bar is not None and self._task is not None:
+            # One bar, for what it is at: there may be hundreds of cells.
+            at = f"{part.migration}  {part.cell}"
+            self._bar.update(self._task, description=at, completed=part.found, total=part.total)
         elif self._clock.monotonic() - self._said_at >= PLAIN_PROGRESS_SECONDS:
             self._said_at = self._clock.monotonic()
             note(f"{part.migration}  {part.cell}: {part.found} of {part.total}")
@@ -155,17 +154,19 @@ def _shown(form: Format, clock: Clock) -> Iterator[_Shown]:
     if not sys.stderr.isatty():
         yield _Shown(form, clock, None)
         return
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     # What goes to a file must not be caught by the bar.
-    with Progress(*columns, console=Console(stderr=True), redirect_stdout=sys.stdout.isatty()) as bar:
+    console, redirect = Console(stderr=True), sys.stdout.isatty()
+    with Progress(*columns, console=console, redirect_stdout=redirect, transient=True) as bar:
         yield _Shown(form, clock, bar)
 
 
 def _line(part: Part, outcome: Outcome) -> str:
     key = "".join(one if one.isprintable() else repr(one)[1:-1] for one in outcome.key)
+    value = "NULL" if outcome.value is None else outcome.value
     stands = "" if outcome.stands is None else f", {outcome.stands} stands"
     reason = "" if outcome.reason is None else f": {outcome.reason}"
-    return f"{part.migration}  {part.cell}  row {outcome.row_id}  {key}: {outcome.value} {outcome.fate}{stands}{reason}"
+    return f"{part.migration}  {part.cell}  row {outcome.row_id}  {key}: {value} {outcome.fate}{stands}{reason}"
 
 
 # ---- and at the end --------------------------------------------------------------------------------------------
@@ -280,4 +281,6 @@ def _state_of(one: Status) -> str:
         return "no answer"
     if one.reappeared:
         return "rows appeared"
-    return "complete" if one.complete_since is not None else "incomplete"
+    if one.complete_since is not None:
+        return "complete"
+    return "blocked" if 0 < one.left <= one.blocked else "incomplete"

@@ -12,7 +12,7 @@ the value is the API's own, and stays.
 import enum
 from collections.abc import Mapping, MutableMapping, Sequence
 from collections.abc import Set as AbstractSet
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final, TypeAlias, assert_never
 
 import sqlalchemy as sa
@@ -213,17 +213,16 @@ def move(tx: ApiTx, kind: Kind, rows: Sequence[LegacyLimit], rule: Rule, source:
     """
     movable = _movable(rows)
     deleted = lock_owners(tx, kind, {row.owner for row in movable})
-    stored, origins = _read(tx, kind, movable), _read_origins(tx, kind, movable)
-    held = _join(stored, origins)
-    before = dict(held)
+    before = _read(tx, kind, movable)
+    held = dict(before)
     outcomes = decide(rows, held, deleted, rule, source)
     changed = {limit: one for limit, one in held.items() if one != before.get(limit)}
     if not changed:
         return outcomes
     _write(tx, kind, before, changed)
-    stored = _read(tx, kind, movable)
+    stored = _read_values(tx, kind, movable)
     proven = [limit for limit, one in changed.items() if limit in stored and stored[limit].value == one.value]
-    _write_origins(tx, kind, proven, origins, source)
+    _write_origins(tx, kind, proven, before, source)
     missing = changed.keys() - set(proven)
     return [_proven(outcome, missing) for outcome in outcomes]
 
@@ -239,7 +238,7 @@ def plan(
     """Say what `move` would do, if what is `planned` were there already; add to it."""
     movable = _movable(rows)
     found = is_deleted(tx, {(kind, row.owner) for row in movable})
-    held = _join(_read(tx, kind, movable), _read_origins(tx, kind, movable))
+    held = _read(tx, kind, movable)
     held.update({limit: planned[limit] for limit in map(_limit_of, movable) if limit in planned})
     outcomes = decide(rows, held, {owner for _, owner in found}, rule, source)
     planned.update(held)
@@ -255,7 +254,17 @@ def _limit_of(row: LegacyLimit) -> Limit:
 
 
 def _read(tx: ApiTx, kind: Kind, rows: Sequence[LegacyLimit]) -> dict[Limit, Held]:
-    """Return those of the rows' limits that the API database has, by exactly equal names."""
+    """Return those of the rows' limits that the API database has, and where they are from."""
+    found = _read_values(tx, kind, rows)
+    keys = {key_of(kind, *limit): limit for limit in found}
+    for key, state in read_keys(tx, kind, keys).items():
+        limit = keys[key]
+        found[limit] = replace(found[limit], cell_id=int(state.removeprefix(_ORIGIN)))
+    return found
+
+
+def _read_values(tx: ApiTx, kind: Kind, rows: Sequence[LegacyLimit]) -> dict[Limit, Held]:
+    """Return the same without where they are from. Names are compared exactly."""
     wanted = {_limit_of(row) for row in rows}
     if not wanted:
         return {}
@@ -269,16 +278,6 @@ def _read(tx: ApiTx, kind: Kind, rows: Sequence[LegacyLimit]) -> dict[Limit, Hel
         if limit in wanted:
             found[limit] = Held(UNLIMITED if value is None or value < 0 else value, None, number)
     return found
-
-
-def _read_origins(tx: ApiTx, kind: Kind, rows: Sequence[LegacyLimit]) -> dict[Limit, int]:
-    keys = {key_of(kind, *_limit_of(row)): _limit_of(row) for row in rows}
-    states = read_keys(tx, kind, keys)
-    return {keys[key]: int(state.removeprefix(_ORIGIN)) for key, state in states.items()}
-
-
-def _join(stored: Mapping[Limit, Held], origins: Mapping[Limit, int]) -> dict[Limit, Held]:
-    return {limit: Held(one.value, origins.get(limit), one.row_id) for limit, one in stored.items()}
 
 
 def _write(tx: ApiTx, kind: Kind, before: Mapping[Limit, Held], changed: Mapping[Limit, Held]) -> None:
@@ -298,14 +297,14 @@ def _write(tx: ApiTx, kind: Kind, before: Mapping[Limit, Held], changed: Mapping
 
 
 def _write_origins(
-    tx: ApiTx, kind: Kind, limits: Sequence[Limit], origins: Mapping[Limit, int], source: Source
+    tx: ApiTx, kind: Kind, limits: Sequence[Limit], before: Mapping[Limit, Held], source: Source
 ) -> None:
     origin = f"{_ORIGIN}{source.cell_id}"
     keys = {limit: key_of(kind, *limit) for limit in limits}
-    new = sorted(key for limit, key in keys.items() if limit not in origins)
+    new = sorted(key for limit, key in keys.items() if limit not in before)
     rows = [{"kind": kind, "key": key, "state": origin, "created_at": tx.now} for key in new]
     insert_many_if_absent(tx, migrated_keys, rows)
-    other = sorted(key for limit, key in keys.items() if limit in origins)
+    other = sorted(key for limit, key in keys.items() if limit in before)
     if other:
         tx.execute(_SET_ORIGIN, {"the_kind": kind, "keys": other, "the_origin": origin})
 
