@@ -1,5 +1,6 @@
 """`kill -9` of the command that moves limits, two of them at once, while the API changes limits (M1, M2, M3, L8)."""
 
+import contextlib
 import json
 import os
 import pty
@@ -69,8 +70,8 @@ def test_a_terminal_shows_how_far_it_is(tmp_path: Path) -> None:
         with os.fdopen(ours, "rb", buffering=0) as terminal:
             process = running.start("--sleep", "0.3", batch=50, output=subprocess.PIPE, errors=theirs)
             os.close(theirs)
-            # This is how Linux says that the other end was closed.
-            with pytest.raises(OSError, match="Input/output error"):
+            # An error is how Linux says that the other end was closed.
+            with contextlib.suppress(OSError):
                 while chunk := terminal.read(4096):
                     shown += chunk
             output, _ = process.communicate(timeout=60)
