@@ -1,4 +1,4 @@
-"""RabbitMQ for tests: a virtual host of our own, and a relay before the broker that a test can hold or cut.
+"""RabbitMQ for tests: a virtual host of our own, and consumers for them. What breaks the way to it is `tests.proxy`.
 
 The virtual host is made on 127.0.0.1:5672 by `rabbitmqctl`, which only root may run. Others name one in
 CELLWAY_TEST_RABBITMQ (`rabbit://USER:PASSWORD@HOST:PORT/VHOST`), where the tests leave queues of random names behind.
@@ -9,11 +9,10 @@ import asyncio
 import os
 import shutil
 import socket
-import ssl
 import subprocess
 import uuid
-from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager, suppress
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Final
 from urllib.parse import quote, unquote, urlsplit
@@ -58,7 +57,7 @@ class Rabbit:
     vhost: str
 
     def url(self, *ports: int, password: str | None = None, vhost: str | None = None) -> Secret:
-        """Return the transport's URL, through the relays at `ports` of this machine if any are given."""
+        """Return the transport's URL, through the proxies at `ports` of this machine if any are given."""
         who = f"{quote(self.user, safe='')}:{quote(password or self.password, safe='')}"
         places = [f"127.0.0.1:{port}" for port in ports] or [f"{self.host}:{self.port}"]
         where = ",".join(f"{who}@{place}" for place in places)
@@ -107,66 +106,3 @@ def _missing(why: str) -> None:
     if "rabbitmq" in os.environ.get("CELLWAY_TEST_REQUIRE", "").split(","):
         pytest.fail(f"rabbitmq is required and {why}")
     pytest.skip(why)
-
-
-class Relay:
-    """What stands between a client and the broker: it passes bytes on until a test says otherwise."""
-
-    def __init__(self, rabbit: Rabbit) -> None:
-        self.accepted = 0
-        self.refuses = False
-        self.port = 0
-        self._rabbit = rabbit
-        self._flows = asyncio.Event()
-        self._flows.set()
-        self._writers: set[asyncio.StreamWriter] = set()
-
-    def cut(self) -> None:
-        """Reset every connection."""
-        for writer in self._writers:
-            writer.transport.abort()
-
-    def hold(self) -> None:
-        """Pass nothing on to the broker, as if it had stopped reading: what it does when it has an alarm."""
-        self._flows.clear()
-
-    def resume(self) -> None:
-        """Pass on what was held, and what comes."""
-        self._flows.set()
-
-    async def accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        """Serve one connection to its end."""
-        self.accepted += 1
-        if self.refuses:
-            writer.transport.abort()
-            return
-        from_broker, to_broker = await asyncio.open_connection(self._rabbit.host, self._rabbit.port)
-        both = {writer, to_broker}
-        self._writers |= both
-        await asyncio.gather(self._pump(reader, to_broker, self._flows), self._pump(from_broker, writer, None))
-        self._writers -= both
-
-    async def _pump(
-        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, flows: asyncio.Event | None
-    ) -> None:
-        with suppress(ConnectionError):
-            while some := await reader.read(65536):
-                if flows is not None:
-                    await flows.wait()
-                writer.write(some)
-                await writer.drain()
-        writer.transport.abort()
-
-
-@asynccontextmanager
-async def relay(rabbit: Rabbit, tls: ssl.SSLContext | None = None) -> AsyncIterator[Relay]:
-    """Put a relay before the broker; with `tls` it is the end of an encrypted line."""
-    made = Relay(rabbit)
-    server = await asyncio.start_server(made.accept, "127.0.0.1", 0, ssl=tls)
-    made.port = server.sockets[0].getsockname()[1]
-    try:
-        yield made
-    finally:
-        server.close()
-        made.resume()
-        made.cut()

@@ -8,9 +8,10 @@ import asyncio
 import contextlib
 import re
 import socket
+import ssl
 import struct
 import threading
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -23,6 +24,8 @@ class Mode:
 
     hang: bool = False
     """Accept and read, and never answer."""
+    hold: bool = False
+    """Read no further, and keep what was said for later; answers pass."""
     stall_after: int | None = None
     """So many bytes of answers pass, of all connections together; then they hang."""
     cut: re.Pattern[bytes] | None = None
@@ -52,17 +55,24 @@ _Way = Callable[[_Link, asyncio.StreamReader], Coroutine[Any, Any, None]]
 class Proxy:
     """The way to one server; `opened` makes one. `cuts` counts answers that were cut, `accepted` connections."""
 
-    def __init__(self, host: str, port: int) -> None:
+    def __init__(self, host: str, ports: Callable[[], Sequence[int]], tls: ssl.SSLContext | None) -> None:
         self.cuts = 0
         self.accepted = 0
-        self.port = 0
-        self._target = (host, port)
+        # Bound for good, so that nobody else gets the port while no connection is taken.
+        self._address = socket.socket()
+        self._address.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        self._address.bind(("127.0.0.1", 0))
+        self.port: int = self._address.getsockname()[1]
+        self._host = host
+        self._ports = ports
+        self._tls = tls
         self._mode = Mode()
+        self._flows = asyncio.Event()
         self._begun = 0  # cuts, with those whose answer is still to come
         self._passed = 0
         self._listener: socket.socket | None = None
         self._links: set[_Link] = set()
-        self._accepting: set[asyncio.Task[None]] = set()
+        self._accepting: dict[asyncio.Task[None], socket.socket] = {}
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="proxy", daemon=True)
 
@@ -72,7 +82,7 @@ class Proxy:
         return len(self._links)
 
     def heal(self) -> None:
-        """Pass everything on, as at first. Connections that hang are reset."""
+        """Pass everything on, as at first, and what was held. Connections that hang are reset."""
         self._do(self._set(Mode(), drop=self._mode.hang or self._mode.stall_after is not None or self._mode.silently))
 
     def refuse(self) -> None:
@@ -86,6 +96,10 @@ class Proxy:
     def hang(self) -> None:
         """Take connections and what clients say, and never answer."""
         self._do(self._set(Mode(hang=True)))
+
+    def hold(self) -> None:
+        """Take what clients say only as far as buffers reach, and pass it on when healed; answers pass meanwhile."""
+        self._do(self._set(Mode(hold=True)))
 
     def stall(self, after: int) -> None:
         """Pass on so many bytes of answers, and then hang."""
@@ -106,6 +120,10 @@ class Proxy:
 
     async def _set(self, mode: Mode, *, drop: bool = False) -> None:
         self._mode, self._passed, self._begun = mode, 0, 0
+        if mode.hold:
+            self._flows.clear()
+        else:
+            self._flows.set()
         for link in list(self._links):
             link.said = b""
             if drop:
@@ -114,7 +132,6 @@ class Proxy:
             # Not asyncio's own server: a connection that it takes while it is closed is lost in it, open.
             self._listener = socket.create_server(("127.0.0.1", self.port), backlog=512)
             self._listener.setblocking(False)
-            self.port = self._listener.getsockname()[1]
             self._loop.add_reader(self._listener, self._take, self._listener)
 
     async def _stop(self) -> None:
@@ -122,6 +139,10 @@ class Proxy:
         if listener is not None:
             self._loop.remove_reader(listener)
             listener.close()
+        for taken in self._accepting.values():
+            # A client may be in the middle of its TLS handshake, and never go on.
+            with contextlib.suppress(OSError):
+                taken.shutdown(socket.SHUT_RDWR)
         for link in list(self._links):
             self._drop(link)
 
@@ -131,16 +152,23 @@ class Proxy:
         except OSError:
             # The client has gone away again.
             return
+        self.accepted += 1
         task = self._loop.create_task(self._accept(taken))
-        self._accepting.add(task)
-        task.add_done_callback(self._accepting.discard)
+        self._accepting[task] = taken
+        task.add_done_callback(self._accepting.pop)
 
     async def _accept(self, taken: socket.socket) -> None:
-        self.accepted += 1
         taken.setblocking(False)
-        from_client, client = await asyncio.open_connection(sock=taken)
+        from_client = asyncio.StreamReader()
+        protocol = asyncio.StreamReaderProtocol(from_client)
         try:
-            from_server, server = await asyncio.open_connection(*self._target)
+            transport, _ = await self._loop.connect_accepted_socket(lambda: protocol, taken, ssl=self._tls)
+        except OSError:
+            # No TLS was agreed upon.
+            return
+        client = asyncio.StreamWriter(transport, protocol, from_client, self._loop)
+        try:
+            from_server, server = await self._connect()
         except OSError:
             client.transport.abort()
             return
@@ -150,16 +178,29 @@ class Proxy:
             return
         link = _Link(client, server)
         self._links.add(link)
+        for side in (client, server):
+            # What was drained is with the kernel, which delivers it also when we abort.
+            side.transport.set_write_buffer_limits(0)
         for way, source in ((self._forward, from_client), (self._answer, from_server)):
             link.tasks.append(asyncio.create_task(self._until_it_breaks(way, link, source)))
 
+    async def _connect(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        for port in self._ports():
+            with contextlib.suppress(OSError):
+                return await asyncio.open_connection(self._host, port)
+        raise ConnectionRefusedError
+
     async def _until_it_breaks(self, way: _Way, link: _Link, source: asyncio.StreamReader) -> None:
-        with contextlib.suppress(OSError):
+        try:
             await way(link, source)
-        self._drop(link)
+        except OSError:
+            self._drop(link)
+        else:
+            self._drop(link, reset=False)
 
     async def _forward(self, link: _Link, from_client: asyncio.StreamReader) -> None:
         while piece := await from_client.read(_CHUNK):
+            await self._flows.wait()
             mode = self._mode
             await asyncio.sleep(mode.delay_seconds)
             if mode.cut is not None and not link.cut and (mode.cuts is None or self._begun < mode.cuts):
@@ -178,7 +219,7 @@ class Proxy:
             if link.cut:
                 self.cuts += 1
                 if not mode.silently:
-                    return
+                    raise ConnectionResetError
                 piece = b""
             elif mode.hang:
                 piece = b""
@@ -190,14 +231,14 @@ class Proxy:
             link.client.write(piece)
             await link.client.drain()
 
-    def _drop(self, link: _Link) -> None:
-        """Reset both sides: with this option a close sends RST."""
+    def _drop(self, link: _Link, *, reset: bool = True) -> None:
+        """End both sides: the client's with RST, or as the server ends it."""
         if link not in self._links:
             return
         self._links.remove(link)
         for side in (link.client, link.server):
             raw = side.transport.get_extra_info("socket")
-            if side is link.client and raw is not None and raw.fileno() >= 0:
+            if reset and side is link.client and raw is not None and raw.fileno() >= 0:
                 raw.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             side.transport.abort()
         for task in link.tasks:
@@ -214,6 +255,7 @@ class Proxy:
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(60)
         self._loop.close()
+        self._address.close()
 
     async def _end_tasks(self) -> None:
         await asyncio.gather(*self._accepting)
@@ -224,9 +266,14 @@ class Proxy:
 
 
 @contextlib.contextmanager
-def opened(port: int, host: str = "127.0.0.1") -> Iterator[Proxy]:
-    """Run a proxy before a server for the length of the block."""
-    proxy = Proxy(host, port)
+def opened(
+    port: int | Callable[[], Sequence[int]], host: str = "127.0.0.1", *, tls: ssl.SSLContext | None = None
+) -> Iterator[Proxy]:
+    """Run a proxy before a server for the length of the block; with `tls` it is the end of an encrypted line.
+
+    A function for a port gives, for each connection, the ports to try in this order.
+    """
+    proxy = Proxy(host, port if callable(port) else lambda: [port], tls)
     proxy._start()
     try:
         yield proxy

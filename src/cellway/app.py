@@ -26,6 +26,8 @@ from cellway.compute.conductor import Conductor
 from cellway.compute.delete import Deleter
 from cellway.compute.fleet import Fleet
 from cellway.compute.host_api import HostApi
+from cellway.compute.limits import Quotas
+from cellway.compute.usage import UsageApi
 from cellway.compute.watch import Watch
 from cellway.config import AgentSection, Config, Secret
 from cellway.context import Clock, SystemClock, service_context
@@ -66,6 +68,7 @@ class Application:
         self.watch = Watch(self.cells, clock=clock)
         self.builder = Builder(self.cells, self.fleet, self.watch, limits=limits, clock=clock, dice=dice)
         self.deleter = Deleter(self.cells, self.fleet, self.watch, self.builder, limits=limits)
+        self.quotas = Quotas(self.cells, config.quota, config=limits, clock=clock)
         self.hosts = HostApi(self.cells, self.fleet)
         self.conductors: list[Conductor] = []
         self.agents: dict[str, Agent] = {}
@@ -84,7 +87,9 @@ class Application:
         await self.cells.refresh()
         await self.fleet.sweep(self._context)
         self._loop("cells", self.cells.watch())
+        await self.quotas.sweep(self._context)
         self._loop("fleet", self.fleet.watch(self._context))
+        self._loop("quotas", self.quotas.watch(self._context))
 
     async def check_api(self) -> None:
         """Ask whether the API database answers and the cells are known. Raises: Unavailable."""
@@ -176,9 +181,19 @@ class Application:
 
     def open_http(self, identity: BuiltinIdentity) -> http_shell.Asgi:
         """Return the whole port: compute, identity and images."""
-        services = http_shell.Services(
+        compute = http_shell.build(self.open_services(identity), identity.tokens)
+        return http_shell.one_port(
+            {"/compute": compute, "/identity": identity.app, "/image": identity.app}, self.check_api
+        )
+
+    def open_services(self, identity: BuiltinIdentity) -> http_shell.Services:
+        """Return what the compute API answers with."""
+        return http_shell.Services(
             compute=self.open_compute(identity),
+            quotas=self.quotas,
+            projects=identity.store,
             hosts=self.hosts,
+            usage=UsageApi(self.cells),
             api=self.databases.on(API),
             policy=Policy.load(Path(self.config.api.policy_file) if self.config.api.policy_file else None),
             limits=self.config.limits,
@@ -187,10 +202,6 @@ class Application:
             compute_url=f"{self.public_endpoint}/compute/v2.1",
             identity_url=f"{self.public_endpoint}/identity",
         )
-        compute = http_shell.build(services, identity.tokens)
-        return http_shell.one_port(
-            {"/compute": compute, "/identity": identity.app, "/image": identity.app}, self.check_api
-        )
 
     def open_compute(self, identity: BuiltinIdentity) -> ComputeApi:
         """Return the verbs on servers; new work wakes this process's builder, if it runs one."""
@@ -198,6 +209,7 @@ class Application:
             self.cells,
             self.fleet,
             identity.images,
+            self.quotas,
             limits=self.config.limits,
             clock=self.clock,
             ids=self.ids,

@@ -12,7 +12,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import Any, cast, get_type_hints
+from typing import Any, Literal, cast, get_args, get_origin, get_type_hints
 
 from cellway.errors import Invalid
 
@@ -142,6 +142,10 @@ class Limits:
     builder_poll_seconds: float = 1.0
     """How often requests accepted by other processes are looked for; those of this process wake it at once."""
 
+    # Quotas
+    quota_sweep_seconds: float = 60.0
+    """How often expired reservations are returned, and servers looked for that nobody has charged."""
+
     # HTTP
     page_size: int = 1000
     """Rows in one answer, as the incumbent's `max_limit`."""
@@ -155,8 +159,6 @@ class Limits:
     """A client must have sent its whole request within this."""
     servers_per_request: int = 100
     """`max_count` of one create."""
-    metadata_items: int = 128
-    """Metadata keys per server, the incumbent's default quota."""
     tags_per_server: int = 50
     """As the incumbent."""
     name_characters: int = 255
@@ -231,6 +233,34 @@ class AgentSection:
 
 
 @dataclass(frozen=True, slots=True)
+class QuotaSection:
+    """`[quota]`: what a project may have that has no limits of its own, nor its class; -1 is unlimited. The incumbent's
+    names and defaults.
+    """
+
+    instances: int = 10
+    cores: int = 20
+    ram: int = 51200
+    """MB."""
+    metadata_items: int = 128
+    """Per server."""
+    injected_files: int = 5
+    injected_file_content_bytes: int = 10240
+    injected_file_path_length: int = 255
+    key_pairs: int = 100
+    """Per user."""
+    server_groups: int = 10
+    server_group_members: int = 10
+    """Per group."""
+    max_age: int = 0
+    """Seconds after which a usage is counted anew before it is used; 0 is never."""
+    until_refresh: int = 0
+    """The same after so many uses."""
+    silent_cells: Literal["refuse", "ignore"] = "refuse"
+    """What is done when a cell that may hold limits, or servers that nobody has counted, does not answer."""
+
+
+@dataclass(frozen=True, slots=True)
 class Config:
     """The whole configuration."""
 
@@ -240,6 +270,7 @@ class Config:
     api: ApiSection = field(default_factory=ApiSection)
     identity: IdentitySection = field(default_factory=IdentitySection)
     agent: AgentSection = field(default_factory=AgentSection)
+    quota: QuotaSection = field(default_factory=QuotaSection)
     limits: Limits = field(default_factory=Limits)
 
 
@@ -291,18 +322,27 @@ def _build(given: Mapping[str, Mapping[str, str]]) -> Config:
     return Config(**made)
 
 
+_LEAST = {"limits": (0, "above 0"), "quota": (-1, "not below -1")}
+
+
 def _convert(section: str, option: str, text: str, kind: object) -> object:
     if kind is int or kind is float:
         try:
             number = int(text) if kind is int else float(text)
         except ValueError:
             number = math.nan
-        least = "above 0" if section == "limits" else "not below 0"
-        if not (0 < number < math.inf or (number == 0 and section != "limits")):
+        least, said = _LEAST.get(section, (0, "not below 0"))
+        if not least <= number < math.inf or (number == 0 and section == "limits"):
             wanted = "a whole number" if kind is int else "a number"
-            raise Invalid("config.wrong_type", f"option {option} in [{section}] must be {wanted}, {least}")
+            raise Invalid("config.wrong_type", f"option {option} in [{section}] must be {wanted}, {said}")
         return number
     if kind is str:
+        return text
+    if get_origin(kind) is Literal:
+        if text not in get_args(kind):
+            raise Invalid(
+                "config.wrong_type", f"option {option} in [{section}] must be one of {', '.join(get_args(kind))}"
+            )
         return text
     return Secret(text) if text else None
 

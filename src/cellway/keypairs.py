@@ -42,6 +42,7 @@ _OF_USER = sa.select(key_pairs).where(key_pairs.c.user_id == sa.bindparam("user"
 _GET = _OF_USER.where(key_pairs.c.name == sa.bindparam("name"))
 _LIST = _OF_USER.order_by(key_pairs.c.name).limit(sa.bindparam("limit", type_=sa.Integer))
 _LIST_AFTER = _LIST.where(key_pairs.c.name > sa.bindparam("marker"))
+_COUNT = sa.select(sa.func.count()).select_from(key_pairs).where(key_pairs.c.user_id == sa.bindparam("user"))
 _INSERT = sa.insert(key_pairs)
 _DELETE = sa.delete(key_pairs).where(
     key_pairs.c.user_id == sa.bindparam("user"), key_pairs.c.name == sa.bindparam("name")
@@ -69,6 +70,11 @@ def list(tx: ApiTx, user_id: str, *, limit: int, marker: str | None = None) -> S
     if tx.execute(_GET, {"user": user_id, "name": marker}).one_or_none() is None:
         raise Invalid("keypair.bad_marker", f"Marker {marker} could not be found.", marker=marker)
     return [_keypair(row) for row in tx.execute(_LIST_AFTER, {"user": user_id, "limit": limit, "marker": marker})]
+
+
+def count(tx: ApiTx, user_id: str) -> int:
+    """Return how many a user has."""
+    return int(tx.execute(_COUNT, {"user": user_id}).scalar_one())
 
 
 def create(tx: ApiTx, user_id: str, name: str, public_key: str, kind: Kind = "ssh") -> KeyPair:

@@ -32,6 +32,14 @@ class TokenVerifier(Protocol):
         ...
 
 
+class ProjectDirectory(Protocol):
+    """Which projects there are, as a question to the identity service."""
+
+    async def has_project(self, project_id: str) -> bool:
+        """Tell whether there is such a project. Raises: Unavailable when the identity service does not answer."""
+        ...
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Image:
     """What a build must know of an image."""

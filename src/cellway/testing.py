@@ -21,7 +21,7 @@ import msgspec
 from cellway import __version__
 from cellway.app import Application, open_application
 from cellway.cells.registry import Cell
-from cellway.config import AgentSection, Config, Limits, Secret
+from cellway.config import AgentSection, Config, Limits, QuotaSection, Secret
 from cellway.context import Clock, SystemClock, service_context
 from cellway.db.engines import API
 from cellway.db.schema import Tree
@@ -45,6 +45,9 @@ QUICK = Limits(
     builder_poll_seconds=0.1,
 )
 """Limits for tests: what is looked for again is looked for sooner, but nobody is given up because a machine stalls."""
+
+NO_QUOTA = QuotaSection(instances=-1, cores=-1, ram=-1, key_pairs=-1, server_groups=-1, server_group_members=-1)
+"""Nothing is refused for its number, unless a test sets limits."""
 
 _PAUSE = threading.Event()
 """Never set: threads of a hanging database wait on it in short turns."""
@@ -295,6 +298,7 @@ async def deployment(
     ids: IdSource | None = None,
     builder: bool = True,
     databases: Callable[[str], Secret] | None = None,
+    quota: QuotaSection = NO_QUOTA,
 ) -> AsyncIterator[Deployment]:
     """Run a deployment in the folder `path`, which may hold one from before, for the length of the block.
 
@@ -304,7 +308,7 @@ async def deployment(
     settings = agent or AgentSection(latency_seconds=0.0)
     clock, ids = clock or SystemClock(), ids or RandomIds()
     folder = DataFolder(path, databases)
-    config = folder.config(Config(agent=settings, limits=limits), listen="127.0.0.1", port=8774)
+    config = folder.config(Config(agent=settings, quota=quota, limits=limits), listen="127.0.0.1", port=8774)
     layout = Layout(cells, hosts_per_cell, __version__)
     _lay_out(folder, cells)
     await prepare(folder, config, layout, clock=clock, ids=ids)

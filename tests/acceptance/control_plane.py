@@ -15,6 +15,8 @@ PROGRAMS = Path(sys.executable).parent
 CELLWAY = (sys.executable, "-c", "from cellway.cli.main import main; main()")
 """The `cellway` command of the checkout under test."""
 START_SECONDS = 60
+NO_QUOTA = "instances = -1\ncores = -1\nram = -1"
+"""Lines of the section `[quota]` with which no server is refused for its number."""
 ADMIN, MEMBER = "cellway-admin", "cellway"
 
 

@@ -248,6 +248,34 @@ def nothing_is_left_over(after: Aftermath) -> list[str]:
     return wrong + [f"claimed or placed, not both: {claimed ^ placed}"] * (claimed != placed)
 
 
+def usages_add_up(after: Aftermath) -> list[str]:
+    """What is in use is what the live servers take that got a host, of each project and user; nothing is reserved
+    (Q2).
+    """
+    expected: Counter[tuple[str, str, str]] = Counter()
+    for cell in after.databases:
+        query = "SELECT project_id, user_id, vcpus, memory_mb FROM instances WHERE deleted = 0"
+        for project, user, vcpus, memory_mb in after.rows(cell, query) if cell not in ("api", "cell0") else ():
+            for scope in ("", user):
+                expected.update(
+                    {
+                        (project, scope, "instances"): 1,
+                        (project, scope, "cores"): vcpus,
+                        (project, scope, "ram"): memory_mb,
+                    }
+                )
+    usages = after.rows("api", "SELECT project_id, user_id, resource, in_use, reserved FROM quota_usages")
+    servers = [row for row in usages if row[2] in ("instances", "cores", "ram")]
+    found = Counter({(project, user, resource): in_use for project, user, resource, in_use, _ in servers})
+    wrong = [
+        f"{key}: {found[key]} in use, {expected[key]} taken"
+        for key in {*found, *expected}
+        if found[key] != expected[key]
+    ]
+    wrong += [f"reserved: {row}" for row in usages if row[4] != 0]
+    return wrong + ["reservations has rows"] * bool(after.rows("api", "SELECT * FROM reservations"))
+
+
 def each_guest_runs_on_one_host(after: Aftermath) -> list[str]:
     """What the simulated hypervisors run is what the cells say, each guest once (X3)."""
     expected: dict[str, set[str]] = {host: set() for host in after.guests}
@@ -263,6 +291,7 @@ INVARIANTS: Sequence[Callable[[Aftermath], list[str]]] = (
     no_server_is_in_two_cells,
     no_host_has_promised_more_than_it_has,
     nothing_is_left_over,
+    usages_add_up,
     each_guest_runs_on_one_host,
 )
 """Each returns what breaks it; nothing when it holds."""

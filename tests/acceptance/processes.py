@@ -2,11 +2,9 @@
 and two agents. Its databases and its queues' vhosts are its own, and are removed at the end.
 """
 
-import asyncio
 import contextlib
 import itertools
 import subprocess
-import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,7 +12,7 @@ from pathlib import Path
 import sqlalchemy as sa
 
 from cellway.config import Secret
-from tests.acceptance.control_plane import CELLWAY, Plane, Process, host_names
+from tests.acceptance.control_plane import CELLWAY, NO_QUOTA, Plane, Process, host_names
 from tests.brokers import Rabbit, new_virtual_host
 from tests.databases import empty_database
 from tests.proxy import Proxy, opened
@@ -86,12 +84,19 @@ class SeparatePlane(Plane):
 
 @contextlib.contextmanager
 def separate(
-    kind: str, folder: Path, *, builders: int = 1, limits: str = "", agents: str = "", proxies: bool = False
+    kind: str,
+    folder: Path,
+    *,
+    builders: int = 1,
+    limits: str = "",
+    agents: str = "",
+    quota: str = NO_QUOTA,
+    proxies: bool = False,
 ) -> Iterator[SeparatePlane]:
     """Run all processes for the length of the block, over databases of that kind and RabbitMQ.
 
-    `limits` are lines of everybody's section `[limits]`, `agents` of the agents' section `[agent]`. With `proxies` one
-    stands between the processes and each database and queue.
+    `limits` are lines of everybody's section `[limits]`, `quota` of `[quota]`, `agents` of the agents' `[agent]`.
+    With `proxies` one stands between the processes and each database and queue.
     """
     with contextlib.ExitStack() as stack:
         names = ("api", "cell0", *CELLS)
@@ -102,7 +107,7 @@ def separate(
         ways = {name: stack.enter_context(opened(port)) for name, port in servers.items() if port and proxies}
         plane = SeparatePlane(folder, databases, vhosts, stack.enter_context(balancer()), ways)
         stack.callback(_kill_all, plane)
-        _start(plane, builders, f"[limits]\n{limits}\n", agents)
+        _start(plane, builders, f"[limits]\n{limits}\n[quota]\n{quota}\n", agents)
         yield plane
 
 
@@ -149,57 +154,19 @@ class Balancer:
 
     def __init__(self) -> None:
         self.ports: dict[str, int] = {}
-        self._turns = itertools.count()
         self.url = ""
-        self._listening = threading.Event()
-        self._thread = threading.Thread(target=asyncio.run, args=(self._serve(),))
+        self._turns = itertools.count()
 
-    def start(self) -> None:
-        """Listen, from a thread of its own."""
-        self._thread.start()
-        self._listening.wait()
-
-    def stop(self) -> None:
-        """Stop listening, and cut what is open."""
-        self._loop.call_soon_threadsafe(self._stopped.set)
-        self._thread.join()
-
-    async def _serve(self) -> None:
-        self._loop, self._stopped = asyncio.get_running_loop(), asyncio.Event()
-        server = await asyncio.start_server(self._connected, "127.0.0.1", 0)
-        self.url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
-        self._listening.set()
-        await self._stopped.wait()
-        server.close()
-
-    async def _connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    def order(self) -> list[int]:
+        """Return the ports as the next connection shall try them."""
         ports, turn = list(self.ports.values()), next(self._turns)
-        for port in ports[turn % 2 :] + ports[: turn % 2]:
-            try:
-                ahead, behind = await asyncio.open_connection("127.0.0.1", port)
-            except OSError:
-                continue
-            await asyncio.gather(_pump(reader, behind), _pump(ahead, writer))
-            return
-        writer.close()
-
-
-async def _pump(source: asyncio.StreamReader, sink: asyncio.StreamWriter) -> None:
-    try:
-        with contextlib.suppress(ConnectionError):
-            while chunk := await source.read(65536):
-                sink.write(chunk)
-                await sink.drain()
-    finally:
-        sink.close()
+        return ports[turn % 2 :] + ports[: turn % 2]
 
 
 @contextlib.contextmanager
 def balancer() -> Iterator[Balancer]:
     """Run a balancer for the length of the block."""
     front = Balancer()
-    front.start()
-    try:
+    with opened(front.order) as way:
+        front.url = f"http://127.0.0.1:{way.port}"
         yield front
-    finally:
-        front.stop()

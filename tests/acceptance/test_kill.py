@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 
 from cellway.config import Secret
-from tests.acceptance.control_plane import ControlPlane, running
+from tests.acceptance.control_plane import NO_QUOTA, ControlPlane, running
 from tests.acceptance.oracles import CAPACITY, INVARIANTS, Aftermath, Api, Journal, Load, guests_of, settle
 
 KILLS = 20
@@ -21,7 +21,7 @@ def aftermath(tmp_path_factory: pytest.TempPathFactory) -> Aftermath:
     data.mkdir(mode=0o700)
     settings = f"[agent]\nvcpus = {CAPACITY}\ncpu_allocation_ratio = 1\nlatency_seconds = 0.2\nfailure_rate = 0.05\n"
     limits = "[limits]\nheartbeat_seconds = 1\nhost_down_seconds = 6\nclaim_seconds = 4\nclaim_renew_seconds = 1\n"
-    (data / "cellway.conf").write_text(settings + limits)
+    (data / "cellway.conf").write_text(f"{settings}{limits}[quota]\n{NO_QUOTA}\n")
     plane = ControlPlane(data)
     databases = {name: Secret(f"sqlite:///{data / name}.db") for name in ("api", "cell0", "cell1", "cell2", "cell3")}
     dice = random.Random(20261121)

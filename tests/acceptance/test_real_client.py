@@ -95,6 +95,31 @@ class RealClient:
         assert listed["cell1-h1"]["State"] == "up"
         plane.client(ADMIN, "compute", "service", "set", "--enable", "cell2-h2", "nova-compute", form="")
 
+    def test_servers_of_a_group_run_apart(self, plane: Plane, flavor: str) -> None:
+        """`server group create`, `list`, `show` and `delete`, and `server create --hint group=…`, do what they say."""
+        made = plane.client(MEMBER, "server", "group", "create", "--policy", "anti-affinity", "apart")
+        assert plane.client(MEMBER, "server", "group", "list")[0]["Name"] == "apart"
+        for name in ("apart-1", "apart-2"):
+            hint = ("--hint", f"group={made['id']}", "--wait", name)
+            plane.client(MEMBER, "server", "create", "--flavor", flavor, "--image", "tiny", *hint)
+        servers = plane.client(ADMIN, "server", "list", "--all-projects", "--long", "--name", "apart-")
+        assert len({row["Host"] for row in servers}) == 2
+        shown = plane.client(MEMBER, "server", "group", "show", "apart")
+        assert sorted(shown["members"]) == sorted(row["ID"] for row in servers)
+        plane.client(MEMBER, "server", "delete", "--wait", "apart-1", "apart-2", form="")
+        assert plane.client(MEMBER, "server", "group", "show", made["id"])["members"] == []
+        plane.client(MEMBER, "server", "group", "delete", "apart", form="")
+        assert plane.client(MEMBER, "server", "group", "list") == []
+
+    def test_usage_is_listed_and_shown(self, plane: Plane, server: str) -> None:
+        """`usage list` has every project for an admin, and `usage show` the member's own."""
+        project = plane.client(MEMBER, "token", "issue")["project_id"]
+        [listed] = [row for row in plane.client(ADMIN, "usage", "list") if row["Project"] == project]
+        shown = plane.client(MEMBER, "usage", "show")
+        for row in (listed, shown):
+            assert server in [one["instance_id"] for one in row["Servers"]]
+            assert 0 < row["CPU Hours"] < row["RAM MB-Hours"]
+
     def test_what_else_users_ask_for(self, plane: Plane, server: str) -> None:
         """`availability zone list`, `limits show --absolute`, `image list` and `token issue` answer."""
         zones = plane.client(MEMBER, "availability", "zone", "list", "--compute")

@@ -153,7 +153,8 @@ async def test_a_step_that_refuses_is_undone_and_another_host_taken(unbuilt: Dep
     assert (await settled(unbuilt, server))["status"] == "ACTIVE"
     await check(unbuilt, {server: "ACTIVE"})
     stayed = (await places(unbuilt))[server][0][1] == refused[0]
-    assert stayed == (name == "finish")
+    # Before "watch" is undone the host may have the server running, or not: then either is right.
+    assert name == "watch" or stayed == (name == "finish")
 
 
 @pytest.mark.parametrize("moment", ["before", "after"])

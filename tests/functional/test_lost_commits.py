@@ -23,7 +23,7 @@ from tests.proxy import Proxy
 
 pytestmark = [pytest.mark.anyio, pytest.mark.slow]
 
-ACCEPTED = rb"INSERT INTO build_requests.*COMMIT\b"
+ACCEPTED = rb"INSERT INTO server_charges.*COMMIT\b"
 KEYED = rb"INSERT INTO idempotency_keys.*COMMIT\b"
 
 
@@ -165,6 +165,8 @@ async def test_whatever_is_asked_for_happens_once(start: Start, way: Proxy) -> N
         await settled(running)
         service = (await admin.get("/os-services?binary=nova-compute")).json["services"][0]["id"]
         flavor = {"name": "new", "vcpus": 1, "ram": 512, "disk": 1, "id": "new"}
+        new_group = {"server_group": {"name": "g", "policies": ["affinity"]}}
+        group = (await member.post("/os-server-groups", new_group)).json["server_group"]["id"]
         address = f"/servers/{server}"
         for client, method, path, body, status in (
             (admin, "POST", "/flavors", {"flavor": flavor}, 200),
@@ -173,6 +175,8 @@ async def test_whatever_is_asked_for_happens_once(start: Start, way: Proxy) -> N
             (admin, "DELETE", "/flavors/new", None, 202),
             (member, "POST", "/os-keypairs", {"keypair": {"name": "k", "type": "ssh", "public_key": key}}, 201),
             (member, "DELETE", "/os-keypairs/k", None, 204),
+            (member, "POST", "/os-server-groups", new_group, 200),
+            (member, "DELETE", f"/os-server-groups/{group}", None, 204),
             (admin, "PUT", f"/os-services/{service}", {"status": "disabled"}, 200),
             (member, "PUT", address, {"server": {"name": "renamed"}}, 200),
             (member, "POST", f"{address}/metadata", {"metadata": {"a": "b"}}, 200),

@@ -135,7 +135,8 @@ def told(report: Report) -> list[tuple[str, str, str, Any, Any]]:
 async def complete(running: Deployment) -> set[tuple[str, str]]:
     """Return (migration, cell name) of what is complete."""
     names = {cell.ref.uuid: cell.ref.name for cell in running.app.cells.snapshot.all}
-    return {(name, names[uuid]) for name, uuid in await running.in_api(migration_state.complete_cells)}
+    found = await running.in_api(migration_state.complete_cells)
+    return {(name, names[uuid]) for name, uuid in found if name in list(Kind)}
 
 
 EVERYWHERE = {(kind.value, cell) for kind in Kind for cell in ("cell0", "cell1", "cell2")}

@@ -15,10 +15,8 @@ from hypothesis import strategies as st
 from starlette.types import ASGIApp, Message
 
 from cellway.db.api_tables import instance_mappings
-from cellway.db.engines import API
 from cellway.http.app import ROUTES, Services, build
 from cellway.http.microversions import LATEST
-from cellway.http.policy import Policy
 from cellway.testing import QUICK, TINY_IMAGE, Client, Deployment
 
 pytestmark = pytest.mark.anyio
@@ -349,12 +347,7 @@ async def test_identity_headers_of_a_client_mean_nothing(shared: Deployment) -> 
 
 def _services(shared: Deployment, **limits: Any) -> Services:
     """Return what handlers answer with, under other limits."""
-    app = shared.app
-    return Services(
-        compute=app.open_compute(shared.identity), hosts=app.hosts, api=app.databases.on(API), policy=Policy.load(None),
-        limits=replace(QUICK, **limits), clock=app.clock, ids=app.ids,
-        compute_url="http://127.0.0.1:8774/compute/v2.1", identity_url="http://127.0.0.1:8774/identity",
-    )  # fmt: skip
+    return replace(shared.app.open_services(shared.identity), limits=replace(QUICK, **limits))
 
 
 # ---- the connection --------------------------------------------------------------------------------------------

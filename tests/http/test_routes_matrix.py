@@ -39,10 +39,11 @@ class Row(NamedTuple):
 
 SERVER = {"server_id": "server"}
 FRESH = {"server_id": "fresh server"}
-FALLBACK = {"fresh server": "server", "fresh flavor": "flavor"}
+FALLBACK = {"fresh server": "server", "fresh flavor": "flavor", "fresh group": "group"}
 FLAVOR = {"id": "flavor"}
 NEW_SERVER = {"name": "one", "flavorRef": "m1.tiny", "imageRef": TINY_IMAGE, "networks": "none"}
 NEW_FLAVOR = {"name": "{unique}", "ram": 1, "vcpus": 1, "disk": 1}
+NEW_GROUP = {"server_group": {"name": "{unique}", "policies": ["affinity"]}}
 NAMES = ("member", "stranger", "reader", "admin")
 
 TABLE: dict[tuple[str, str, int, int | None], Row] = {
@@ -119,6 +120,12 @@ TABLE: dict[tuple[str, str, int, int | None], Row] = {
     ("GET", "/os-availability-zone", 1, None): Row(200, 200, 200, 200),
     ("GET", "/os-availability-zone/detail", 1, None): Row(403, 403, 403, 200),
     ("GET", "/limits", 1, None): Row(200, 200, 200, 200),
+    ("GET", "/os-simple-tenant-usage", 1, None): Row(403, 403, 403, 200),
+    ("GET", "/os-simple-tenant-usage/{id}", 1, None): Row(200, 403, 200, 200, {"id": "project"}),
+    ("GET", "/os-server-groups", 1, None): Row(200, 200, 200, 200),
+    ("POST", "/os-server-groups", 1, None): Row(200, 200, 403, 200, body=NEW_GROUP),
+    ("GET", "/os-server-groups/{id}", 1, None): Row(200, 404, 200, 200, {"id": "group"}),
+    ("DELETE", "/os-server-groups/{id}", 1, None): Row(204, 404, 403, 204, {"id": "fresh group"}),
     ("GET", "/os-aggregates", 1, None): Row(403, 403, 403, 200),
     ("GET", "/os-aggregates/{id}", 1, None): Row(403, 403, 403, 404, {"id": "404"}),
 }
@@ -171,6 +178,10 @@ class World:
                 )
                 assert answer.status == 201
                 return unique
+            case "fresh group":
+                answer = await self.clients["member"].post("/os-server-groups", await self.filled(NEW_GROUP))
+                assert answer.status == 200
+                return str(answer.json["server_group"]["id"])
             case "unique":
                 return unique
             case _:
@@ -213,8 +224,10 @@ async def world(shared: Deployment, anyio_backend: str) -> AsyncIterator[World]:
         "flavor": "m1.tiny",
         "service": (await shared.admin.get("/os-services")).json["services"][0]["id"],
         "hypervisor": (await shared.admin.get("/os-hypervisors")).json["hypervisors"][0]["id"],
+        "project": project.id,
         "random": RANDOM,
     }
+    world.known["group"] = await world.value("fresh group")
     yield world
     await shared.admin.delete("/flavors/m1.tiny/os-extra_specs/key")
 

@@ -6,9 +6,7 @@ from typing import Any
 
 import pytest
 
-from cellway.db.engines import API
-from cellway.http.app import Services, build
-from cellway.http.policy import Policy
+from cellway.http.app import build
 from cellway.testing import TINY_IMAGE, Client, Deployment, Response
 
 pytestmark = pytest.mark.anyio
@@ -191,12 +189,11 @@ def links_of(value: Any) -> Iterator[str]:
 
 async def test_every_link_starts_with_the_public_endpoint(shared: Deployment, server: str) -> None:
     """Addresses come from the configuration, whatever the client calls this host."""
-    app = shared.app
-    services = Services(
-        compute=app.open_compute(shared.identity), hosts=app.hosts, api=app.databases.on(API), policy=Policy.load(None),
-        limits=app.config.limits, clock=app.clock, ids=app.ids,
-        compute_url="https://cloud.example/compute/v2.1", identity_url="https://cloud.example/identity",
-    )  # fmt: skip
+    services = replace(
+        shared.app.open_services(shared.identity),
+        compute_url="https://cloud.example/compute/v2.1",
+        identity_url="https://cloud.example/identity",
+    )
     outside = replace(shared.admin, app=build(services, shared.identity.tokens))
     forged = {"host": "evil.example", "x-forwarded-host": "evil.example", "x-forwarded-proto": "gopher"}
     seen: list[Response] = [

@@ -3,10 +3,11 @@
 import gc
 import socket
 import socketserver
+import ssl
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import closing, suppress
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing, suppress
 
 import pytest
 
@@ -66,6 +67,14 @@ def ask(connection: socket.socket, words: bytes) -> bytes:
     return answer
 
 
+def until(condition: Callable[[], bool]) -> None:
+    """Wait until `condition` is true."""
+    began = time.monotonic()
+    while not condition():
+        assert time.monotonic() - began < 60, "it never came true"
+        time.sleep(0.001)
+
+
 def is_silent(connection: socket.socket) -> bool:
     """Tell whether nothing comes, for a moment."""
     connection.settimeout(0.2)
@@ -80,6 +89,38 @@ def test_it_passes_both_ways(broken: Proxy) -> None:
     with closing(connect(broken)) as connection:
         assert ask(connection, b"x" * 300_000) == b"x" * 300_000
     assert (broken.accepted, broken.cuts) == (1, 0)
+
+
+def test_it_passes_an_end_on() -> None:
+    """Whatever the server said before it closed arrives at a client that reads late, and then the end."""
+    with ExitStack() as stack:
+        listener = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
+        between = stack.enter_context(proxy.opened(listener.getsockname()[1]))
+        client = stack.enter_context(connect(between))
+        with listener.accept()[0] as server:
+            server.sendall(b"x" * 300_000)
+        assert stack.enter_context(client.makefile("rb")).read() == b"x" * 300_000
+
+
+def test_it_goes_to_the_next_of_several_servers(broken: Proxy) -> None:
+    """Each connection has an order of its own, servers that refuse are passed over, and without any it is closed."""
+    orders = [[1, broken.port], [broken.port, 1], [1]]
+    with proxy.opened(lambda: orders.pop(0)) as front:
+        for _ in range(2):
+            with closing(connect(front)) as connection:
+                assert ask(connection, b"x") == b"x"
+        with closing(connect(front)) as connection:
+            assert connection.recv(1) == b""
+    assert broken.accepted == 2
+
+
+def test_an_unfinished_handshake_does_not_keep_it(broken: Proxy) -> None:
+    """A client that connects to the end of an encrypted line and says nothing is cut when the proxy is closed."""
+    with proxy.opened(broken.port, tls=ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)) as line:
+        connection = connect(line)
+        until(lambda: line.accepted == 1)
+    with connection:
+        assert connection.recv(1) == b""
 
 
 def test_it_refuses_and_comes_back_on_the_same_port(broken: Proxy) -> None:
@@ -124,6 +165,27 @@ def test_it_hangs(broken: Proxy, heard: list[bytes]) -> None:
     assert heard == [b"before"]
 
 
+def test_it_holds() -> None:
+    """What a client says is kept back, however much it is, answers pass, and healing loses nothing of it."""
+    said = b"0123456789" * 1_000_000
+    with ExitStack() as stack:
+        listener = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
+        held = stack.enter_context(proxy.opened(listener.getsockname()[1]))
+        client = stack.enter_context(connect(held))
+        server = stack.enter_context(listener.accept()[0])
+        held.hold()
+        speaker = threading.Thread(target=client.sendall, args=(said,))
+        speaker.start()
+        assert is_silent(server)
+        server.sendall(b"meanwhile")
+        assert client.recv(9) == b"meanwhile"
+        assert speaker.is_alive()
+        held.heal()
+        server.settimeout(60)
+        assert stack.enter_context(server.makefile("rb")).read(len(said)) == said
+        speaker.join(60)
+
+
 def test_it_stalls_in_the_middle_of_an_answer(broken: Proxy) -> None:
     """So many bytes come, and no more."""
     broken.stall(after=5)
@@ -153,6 +215,7 @@ def test_it_cuts_silently(broken: Proxy, heard: list[bytes]) -> None:
     broken.cut(b"COMMIT", silently=True)
     with closing(connect(broken)) as connection:
         connection.sendall(b"COMMIT")
+        until(lambda: broken.cuts == 1)
         assert is_silent(connection)
     assert (heard, broken.cuts) == ([b"COMMIT"], 1)
 
@@ -172,10 +235,7 @@ def test_it_counts_open_connections(broken: Proxy) -> None:
     with closing(connect(broken)) as connection:
         ask(connection, b"x")
         assert broken.connections == 1
-    began = time.monotonic()
-    while broken.connections and time.monotonic() - began < 60:
-        time.sleep(0.001)
-    assert broken.connections == 0
+    until(lambda: broken.connections == 0)
 
 
 def test_a_connection_that_comes_while_it_refuses_is_not_lost(broken: Proxy) -> None:

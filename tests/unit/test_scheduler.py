@@ -6,7 +6,8 @@ from dataclasses import replace
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cellway.compute.scheduler import FILTERS, HostState, Request, choose, free_share
+from cellway.compute.scheduler import FILTERS, HostState, Request, choose, company, free_share, holds
+from cellway.server_groups import Placement
 
 NAMES = [f"h{number}" for number in range(6)]
 ZONES = ["nova", "east"]
@@ -37,6 +38,12 @@ def host_states(draw: st.DrawFn) -> list[HostState]:
     ]
 
 
+groups = st.builds(
+    Placement,
+    policy=st.sampled_from(["affinity", "anti-affinity", "soft-affinity", "soft-anti-affinity", "legacy", ""]),
+    max_server_per_host=st.integers(1, 3),
+    hosts=st.dictionaries(st.sampled_from(NAMES), st.integers(1, 4), max_size=4),
+)
 requests = st.builds(
     Request,
     vcpus=amounts,
@@ -46,6 +53,7 @@ requests = st.builds(
     host=st.none() | st.sampled_from(NAMES),
     cell_ids=st.none() | st.frozensets(st.sampled_from(CELLS)),
     excluded_hosts=st.frozensets(st.sampled_from(NAMES)),
+    group=st.none() | groups,
 )
 EMPTY = HostState("h", 1, "nova", True, True, True, True, 8, 8, 8, 0, 0, 0)
 SMALL = Request(1, 1, 1)
@@ -65,7 +73,20 @@ def may_have(host: HostState, request: Request) -> bool:
         and host.vcpus - host.vcpus_used >= request.vcpus
         and host.memory_mb - host.memory_mb_used >= request.memory_mb
         and host.disk_gb - host.disk_gb_used >= request.disk_gb
+        and (request.group is None or keeps(host.host, request.group))
     )
+
+
+def keeps(host: str, group: Placement) -> bool:
+    """Say whether one more member here leaves the group as its policy wants it."""
+    after = {**group.hosts, host: group.hosts.get(host, 0) + 1}
+    match group.policy:
+        case "affinity":
+            return len(after) == max(1, len(group.hosts))
+        case "anti-affinity":
+            return after[host] <= group.max_server_per_host
+        case _:
+            return True
 
 
 @given(host_states(), requests, st.integers())
@@ -77,9 +98,10 @@ def test_exactly_the_hosts_that_fit_are_chosen(hosts: list[HostState], request: 
 
 @given(host_states(), requests, st.integers())
 def test_the_emptier_host_comes_first(hosts: list[HostState], request: Request, seed: int) -> None:
-    """They come in the order of the share of their scarcest resource that is left."""
-    shares = [free_share(host, request) for host in choose(hosts, request, random.Random(seed)).hosts]
-    assert shares == sorted(shares, reverse=True)
+    """Where a group does not mind, they come in the order of the share of their scarcest resource that is left."""
+    chosen = choose(hosts, request, random.Random(seed)).hosts
+    order = [(company(host, request), free_share(host, request)) for host in chosen]
+    assert order == sorted(order, reverse=True)
 
 
 @given(host_states(), requests, st.integers())
@@ -130,3 +152,37 @@ def test_the_reason_names_what_removed_the_hosts() -> None:
     why = choose(hosts, SMALL, random.Random(0)).why_none()
     assert why == "No valid host was found (1 by host up and enabled, 2 by vcpus)."
     assert choose([], SMALL, random.Random(0)).why_none() == "No valid host was found (there are no hosts)."
+
+
+def of_group(policy: str, **hosts: int) -> Request:
+    """Return the request of a small server whose group has so many members on these hosts."""
+    return replace(SMALL, group=Placement(policy, 1, hosts))
+
+
+def test_a_soft_policy_outweighs_every_share() -> None:
+    """The fuller host is chosen when most of the group is there, and the one with fewer members when it shuns them."""
+    full, half, empty = (replace(EMPTY, host=name, vcpus_used=used) for name, used in (("a", 7), ("b", 4), ("c", 0)))
+    hosts = [full, half, empty]
+
+    def first(request: Request) -> str:
+        return choose(hosts, request, random.Random(0)).hosts[0].host
+
+    assert first(of_group("soft-affinity", a=2, b=1)) == "a"
+    assert first(of_group("soft-anti-affinity", c=2, b=1)) == "a"
+    assert first(of_group("soft-anti-affinity", c=2, b=1, a=1)) == "b"
+    assert first(of_group("anti-affinity", c=1)) == "b"
+    assert first(of_group("affinity", a=1)) == "a"
+
+
+def test_a_policy_that_leaves_no_host_is_the_reason() -> None:
+    """The sentence names the group."""
+    why = choose([EMPTY], of_group("anti-affinity", h=1), random.Random(0)).why_none()
+    assert why == "No valid host was found (1 by server group)."
+
+
+@given(groups, groups, st.sampled_from(NAMES))
+def test_a_choice_holds_as_long_as_the_policy_does(before: Placement, now: Placement, host: str) -> None:
+    """A hard policy asks only whether it is kept now; a soft one wants its choice made again when anything changed."""
+    soft = now.policy.startswith("soft-")
+    assert holds(host, before, now) == (now == before if soft else keeps(host, now))
+    assert holds(host, now, now) == keeps(host, now)

@@ -13,7 +13,7 @@ from typing import Concatenate, ParamSpec, TypeVar
 import msgspec
 import structlog
 
-from cellway import builds, flavors, keypairs
+from cellway import builds, flavors, keypairs, server_groups
 from cellway.builds import NewBuild
 from cellway.cells import mappings
 from cellway.cells.mappings import InstanceMapping
@@ -21,6 +21,7 @@ from cellway.cells.registry import Cell, Cells
 from cellway.cells.scatter import Answered, gather
 from cellway.compute.build import BuildSpec
 from cellway.compute.fleet import Fleet
+from cellway.compute.limits import Quotas
 from cellway.config import Limits
 from cellway.context import CellContext, Clock, RequestContext
 from cellway.db.engines import API
@@ -33,7 +34,9 @@ from cellway.instances.actions import ActionRecord, Event
 from cellway.instances.reading import Filter, Sort
 from cellway.instances.records import Instance, VmState
 from cellway.outside import Image, ImageCatalog
-from cellway.quota import usage as quota
+from cellway.quota import limits as quota_limits
+from cellway.quota import usage
+from cellway.quota.limits import Allowed, Older
 from cellway.quota.usage import Charge
 from cellway.rpc.calls import ACT_ON_INSTANCE, ActOnInstance, host_address
 from cellway.rpc.messaging import cast
@@ -54,12 +57,15 @@ class Scope:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NewServer:
-    """A create request, its syntax checked. `count` servers are accepted, or none."""
+    """A create request, its syntax checked. `count` servers are accepted, or as many as there is quota for, or, where
+    that is fewer than `least`, none.
+    """
 
     name: str
     flavor_id: str
     image_id: str
     count: int = 1
+    least: int = 1
     key_name: str | None = None
     zone: str | None = None
     host: str | None = None
@@ -69,6 +75,7 @@ class NewServer:
     auto_disk_config: bool = False
     access_ip_v4: str | None = None
     access_ip_v6: str | None = None
+    group: str | None = None
     metadata: Mapping[str, str] = field(default_factory=dict)
     tags: tuple[str, ...] = ()
     allow_zero_disk: bool = False
@@ -83,6 +90,7 @@ class ComputeApi:
         cells: Cells,
         fleet: Fleet,
         images: ImageCatalog,
+        quotas: Quotas,
         *,
         limits: Limits,
         clock: Clock,
@@ -94,6 +102,7 @@ class ComputeApi:
         self._cells = cells
         self._fleet = fleet
         self._images = images
+        self._quotas = quotas
         self._limits = limits
         self._clock = clock
         self._ids = ids
@@ -105,7 +114,7 @@ class ComputeApi:
     async def create_servers(self, context: RequestContext, new: NewServer) -> list[Instance]:
         """Accept servers: everything about them is written in one transaction, and they will be built.
 
-        Raises: Invalid for an unknown flavor, image, key or zone, or an image that the flavor cannot hold.
+        Raises: Invalid for an unknown flavor, image, key, zone or group, or an image that the flavor cannot hold.
         """
         image = await self._images.find(new.image_id)
         if image is None:
@@ -114,19 +123,26 @@ class ComputeApi:
             raise Invalid(
                 "server.no_zone", f"The requested availability zone is not available: {new.zone}", zone=new.zone
             )
-        uuids = [self._ids.uuid() for _ in range(new.count)]
         reservation = f"r-{self._ids.token()}"
-        made = await self._cells.databases.on(API).write_once(
-            lambda tx: mappings.find_instance(tx, uuids[0]) is not None,
-            self._accept,
-            context,
-            new,
-            image,
-            uuids,
-            reservation,
-        )
+        api = self._cells.databases.on(API)
+
+        async def accept(older: Older, count: int = new.count) -> list[Instance]:
+            uuids = [self._ids.uuid() for _ in range(count)]
+            try:
+                return await api.write_once(
+                    lambda tx: mappings.find_instance(tx, uuids[0]) is not None,
+                    self._accept, context, new, image, uuids, reservation, older,
+                )  # fmt: skip
+            except OverQuota as error:
+                room = error.fields.get("room", 0)
+                if not isinstance(room, int) or not new.least <= room < count:
+                    raise
+            return await accept(older, room)
+
+        owner = context.project_id, context.user_id
+        made = await self._quotas.decide(context, owner, usage.SERVER, accept)
         self._accepted()
-        log.info("servers_accepted", request_id=context.request_id, instance_uuids=uuids)
+        log.info("servers_accepted", request_id=context.request_id, instance_uuids=[one.uuid for one in made])
         return made
 
     def _accept(
@@ -137,6 +153,7 @@ class ComputeApi:
         image: Image,
         uuids: Sequence[str],
         reservation: str,
+        older: Older,
     ) -> list[Instance]:
         try:
             flavor = flavors.get(
@@ -159,7 +176,7 @@ class ComputeApi:
                 uuid=uuid,
                 project_id=context.project_id,
                 user_id=context.user_id,
-                display_name=new.name if new.count == 1 else f"{new.name}-{index + 1}",
+                display_name=new.name if len(uuids) == 1 else f"{new.name}-{index + 1}",
                 display_description=new.description,
                 hostname=_hostname(new.name, uuid),
                 created_at=tx.now.replace(microsecond=0),
@@ -186,13 +203,23 @@ class ComputeApi:
             )
             for index, uuid in enumerate(uuids)
         ]
-        spec = msgspec.json.encode(BuildSpec(request_id=context.request_id, zone=new.zone, host=new.host)).decode()
+        wanted = BuildSpec(request_id=context.request_id, zone=new.zone, host=new.host, group=new.group)
+        spec = msgspec.json.encode(wanted).decode()
         builds.create(
             tx,
             [NewBuild(one.uuid, one.project_id, msgspec.json.encode(one).decode(), spec) for one in made],
         )
         mappings.create_instances(tx, uuids, project_id=context.project_id, user_id=context.user_id)
-        quota.charge(tx, [Charge(one.uuid, one.project_id, one.user_id, one.vcpus, one.memory_mb) for one in made])
+        if new.group is not None:
+            _join_group(tx, context, new.group, uuids)
+        charges = [Charge(one.uuid, one.project_id, one.user_id, one.vcpus, one.memory_mb) for one in made]
+
+        def allowed() -> Allowed:
+            found = quota_limits.allowed(tx, self._quotas.defaults, context.project_id, context.user_id, older)
+            _check_metadata(new.metadata, found.user["metadata_items"])
+            return found
+
+        usage.reserve_servers(tx, charges, allowed, recount=self._quotas.recount)
         return made
 
     def zones(self) -> dict[str, bool]:
@@ -372,10 +399,12 @@ class ComputeApi:
     async def merge_metadata(
         self, context: RequestContext, uuid: str, scope: Scope, items: Mapping[str, str], *, replace: bool
     ) -> dict[str, str]:
-        """Add metadata, or replace it all; return what the server has then. Raises: Conflict when locked."""
-        return await self._change(
-            context, uuid, scope, _merge_metadata, items, replace, scope.passes_locks, self._limits.metadata_items
-        )
+        """Add metadata, or replace it all; return what the server has then.
+
+        Raises: Conflict when locked; OverQuota.
+        """
+        most = await self._quotas.limit(context, "metadata_items")
+        return await self._change(context, uuid, scope, _merge_metadata, items, replace, scope.passes_locks, most)
 
     async def delete_metadata(self, context: RequestContext, uuid: str, scope: Scope, key: str) -> None:
         """Remove one metadata key."""
@@ -490,6 +519,19 @@ def _check_image(flavor: Flavor, image: Image) -> None:
         raise Invalid("server.too_little_disk", "Flavor's disk is too small for requested image.", image=image.id)
 
 
+def _join_group(tx: ApiTx, context: RequestContext, uuid: str, servers: Sequence[str]) -> None:
+    """Make new servers members of a group of their project, which is held from then on: no other joins meanwhile.
+
+    Raises: Invalid when the project has no such group.
+    """
+    try:
+        if server_groups.get(tx, uuid).project_id != context.project_id:
+            raise server_groups.not_found(uuid)
+        server_groups.add_members(tx, uuid, servers)
+    except NotFound as error:
+        raise Invalid("server.no_group", error.message, group=uuid) from error
+
+
 def _hostname(name: str, uuid: str) -> str:
     """Return a name that is valid as a host name: what is allowed in `name`, or one made from the uuid."""
     kept = "".join(character if character.isascii() and character.isalnum() else "-" for character in name.lower())
@@ -524,9 +566,13 @@ def _merge_metadata(
 ) -> dict[str, str]:
     actions.check_lock(reading.get(tx, uuid), may_override=may_override_lock)
     merged = writing.merge_metadata(tx, uuid, items, replace=replace)
-    if len(merged) > most:
-        raise OverQuota("server.too_much_metadata", f"Maximum number of metadata items exceeds {most}", limit=most)
+    _check_metadata(merged, most)
     return merged
+
+
+def _check_metadata(items: Mapping[str, str], most: int) -> None:
+    if 0 <= most < len(items):
+        raise OverQuota("server.too_much_metadata", f"Maximum number of metadata items exceeds {most}", limit=most)
 
 
 def _delete_metadata(tx: CellTx, uuid: str, key: str, may_override_lock: bool) -> None:

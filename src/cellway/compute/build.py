@@ -15,7 +15,7 @@ from typing import Concatenate, NamedTuple, ParamSpec
 import msgspec
 import structlog
 
-from cellway import builds, hosts
+from cellway import builds, hosts, server_groups
 from cellway.builds import BuildClaim, Overtaken
 from cellway.cells import mappings
 from cellway.cells.mappings import InstanceMapping
@@ -34,8 +34,10 @@ from cellway.ids import ProjectId, RequestId, UserId
 from cellway.instances import lifecycle
 from cellway.instances.lifecycle import FenceState
 from cellway.instances.records import Fault, Instance, TaskState, VmState
+from cellway.quota import usage
 from cellway.rpc.calls import BUILD_INSTANCE, DESTROY_INSTANCE, BuildInstance, DestroyInstance, host_address
 from cellway.rpc.messaging import cast
+from cellway.server_groups import Placement
 
 P = ParamSpec("P")
 
@@ -48,6 +50,7 @@ class BuildSpec(msgspec.Struct, frozen=True, kw_only=True):
     request_id: str
     zone: str | None = None
     host: str | None = None
+    group: str | None = None
 
 
 class Refused(Exception):
@@ -314,16 +317,9 @@ class Builder:
                 raise Refused("The cell of its host is gone.", host_failed=True)
             return
         home = mapping.cell_id if mapping is not None else None
-        request = scheduler.Request(
-            vcpus=build.instance.vcpus,
-            memory_mb=build.instance.memory_mb,
-            disk_gb=build.instance.disk_gb,
-            zone=build.spec.zone,
-            host=build.spec.host,
-            excluded_hosts=frozenset(build.failed_hosts),
-        )
         fresh = False
         while True:
+            request = await self._request(build)
             choice = scheduler.choose(self._fleet.states(), request, self._dice)
             if choice.hosts and await self._claim(build, choice.hosts[0], request, home):
                 return
@@ -336,14 +332,29 @@ class Builder:
             await self._fleet.reload()
             fresh = True
 
+    async def _request(self, build: Build) -> scheduler.Request:
+        """Return what the server needs of a host, with where the others of its group are now."""
+        group = None
+        if build.spec.group is not None:
+            group = await self._cells.databases.on(API).read(server_groups.find_placement, build.spec.group)
+        return scheduler.Request(
+            vcpus=build.instance.vcpus,
+            memory_mb=build.instance.memory_mb,
+            disk_gb=build.instance.disk_gb,
+            zone=build.spec.zone,
+            host=build.spec.host,
+            excluded_hosts=frozenset(build.failed_hosts),
+            group=group,
+        )
+
     async def _claim(self, build: Build, chosen: HostState, request: scheduler.Request, home: int | None) -> bool:
-        """Take a share of the chosen host; tell whether it still had room."""
+        """Take a share of the chosen host; tell whether it still had room, and its group's policy still allowed it."""
         cell = self._cells.snapshot.by_id[chosen.cell_id]
         if home is not None and home != cell.id:
             await self._leave(build, home)
         wanted = Claim(build.uuid, chosen.host, cell.id, request.vcpus, request.memory_mb, request.disk_gb)
         try:
-            await self._write(build, _claim_host, wanted)
+            await self._write(build, _claim_host, wanted, request.group)
         except _NoRoom:
             return False
         self._fleet.took(chosen.host, request.vcpus, request.memory_mb, request.disk_gb)
@@ -488,8 +499,8 @@ class Builder:
             await self._launch(build)
 
     async def _finish(self, build: Build) -> None:
-        """The server runs: the request is done."""
-        await self._cells.databases.on(API).write(builds.finish, build.claim)
+        """The server runs: the request is done, and what was reserved for it is in use."""
+        await self._cells.databases.on(API).write(_finish_running, build)
 
     # ---- giving up
 
@@ -513,7 +524,7 @@ class Builder:
         )
         build.attempt += 1
         await self._put(build, cell0, instance)
-        await self._finish(build)
+        await self._cells.databases.on(API).write(_finish_buried, build)
         log.info("server_buried", instance_uuid=build.uuid, reason=why)
 
 
@@ -534,12 +545,16 @@ def _take_all(tx: ApiTx, uuids: list[str], seconds: float) -> list[BuildClaim]:
 
 
 class _NoRoom(Exception):
-    """The host was filled by somebody else since it was chosen; raised so that the transaction leaves no trace."""
+    """The host was taken by somebody else since it was chosen; raised so that the transaction leaves no trace."""
 
 
-def _claim_host(tx: ApiTx, build: Build, wanted: Claim) -> None:
+def _claim_host(tx: ApiTx, build: Build, wanted: Claim, group: Placement | None) -> None:
     builds.set_attempt(tx, build.claim, build.attempt + 1)
     mappings.set_instance_cell(tx, build.uuid, wanted.cell_id)
+    if build.spec.group is not None and group is not None:
+        now = server_groups.find_placement(tx, build.spec.group, hold=True)
+        if now is not None and not scheduler.holds(wanted.host, group, now):
+            raise _NoRoom
     if not hosts.claim(tx, wanted):
         raise _NoRoom
 
@@ -555,6 +570,16 @@ def _whereabouts(tx: ApiTx, uuid: str) -> tuple[Claim | None, InstanceMapping | 
 def _release_host(tx: ApiTx, build: Build) -> None:
     builds.set_failed(tx, build.claim, build.failed_hosts, build.failure or "")
     hosts.release(tx, build.uuid)
+
+
+def _finish_running(tx: ApiTx, build: Build) -> None:
+    builds.finish(tx, build.claim)
+    usage.commit(tx, build.uuid)
+
+
+def _finish_buried(tx: ApiTx, build: Build) -> None:
+    builds.finish(tx, build.claim)
+    usage.refund(tx, build.uuid, keep=True)
 
 
 def _finish_cancelled(tx: ApiTx, build: Build) -> None:

@@ -9,7 +9,7 @@ import asyncio
 
 import structlog
 
-from cellway import builds, hosts
+from cellway import builds, hosts, server_groups
 from cellway.builds import DeleteRequest
 from cellway.cells import mappings
 from cellway.cells.registry import Cell, Cells
@@ -24,7 +24,7 @@ from cellway.errors import HostUnreachable, Unavailable
 from cellway.ids import ProjectId, RequestId, UserId
 from cellway.instances import lifecycle
 from cellway.instances.lifecycle import FenceState
-from cellway.quota import usage as quota
+from cellway.quota import usage
 from cellway.rpc.calls import DESTROY_INSTANCE, DestroyInstance, host_address
 from cellway.rpc.messaging import cast
 
@@ -148,5 +148,6 @@ class Deleter:
 
 def _settle(tx: ApiTx, uuid: str) -> None:
     builds.finish_delete(tx, uuid)
-    quota.refund(tx, uuid)
+    server_groups.remove_member(tx, uuid)
     hosts.release(tx, uuid)
+    usage.refund(tx, uuid)

@@ -8,6 +8,8 @@ import random
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
+from cellway.server_groups import Placement
+
 
 @dataclass(frozen=True, slots=True)
 class HostState:
@@ -30,7 +32,7 @@ class HostState:
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """What a server needs. `zone`, `host` and `cell_ids` are None when any will do."""
+    """What a server needs. `zone`, `host` and `cell_ids` are None when any will do, `group` when it is in none."""
 
     vcpus: int
     memory_mb: int
@@ -39,6 +41,7 @@ class Request:
     host: str | None = None
     cell_ids: frozenset[int] | None = None
     excluded_hosts: frozenset[str] = frozenset()
+    group: Placement | None = None
 
 
 Filter = Callable[[HostState, Request], bool]
@@ -74,6 +77,17 @@ def zone_fits(host: HostState, request: Request) -> bool:
     return request.zone in (None, host.zone)
 
 
+def group_allows(host: HostState, request: Request) -> bool:
+    """The policy of the server's group lets one more of its members in here."""
+    return request.group is None or _allows(request.group, host.host)
+
+
+def _allows(group: Placement, host: str) -> bool:
+    if group.policy == "affinity":
+        return not group.hosts or host in group.hosts
+    return group.policy != "anti-affinity" or group.hosts.get(host, 0) < group.max_server_per_host
+
+
 def has_vcpus(host: HostState, request: Request) -> bool:
     """Enough virtual CPUs are left."""
     return host.vcpus_used + request.vcpus <= host.vcpus
@@ -95,6 +109,7 @@ FILTERS: tuple[tuple[str, Filter], ...] = (
     ("host up and enabled", host_is_up),
     ("host", host_is_wanted),
     ("zone", zone_fits),
+    ("server group", group_allows),
     ("vcpus", has_vcpus),
     ("memory", has_memory),
     ("disk", has_disk),
@@ -112,8 +127,19 @@ def free_share(host: HostState, _request: Request) -> float:
     )
 
 
-WEIGHERS: tuple[tuple[str, float, Callable[[HostState, Request], float]], ...] = (("free share", 1.0, free_share),)
-"""Name, factor and weigher; the sum decides."""
+def company(host: HostState, request: Request) -> float:
+    """How many members of its group the server finds here, if its policy is to seek them; less than none, to shun."""
+    if request.group is None:
+        return 0.0
+    sign = {"soft-affinity": 1.0, "soft-anti-affinity": -1.0}.get(request.group.policy, 0.0)
+    return sign * request.group.hosts.get(host.host, 0)
+
+
+WEIGHERS: tuple[tuple[str, float, Callable[[HostState, Request], float]], ...] = (
+    ("free share", 1.0, free_share),
+    ("server group", 2.0, company),
+)
+"""Name, factor and weigher; the sum decides. One member more or less outweighs any share."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,3 +173,11 @@ def choose(hosts: Iterable[HostState], request: Request, dice: random.Random) ->
     ]
     weighed.sort(key=lambda entry: entry[:2], reverse=True)
     return Choice([host for _, _, host in weighed], removed)
+
+
+def holds(host: str, before: Placement, now: Placement) -> bool:
+    """Tell whether the choice of a host still holds when other members of the group may have got one since.
+
+    A policy that must be kept decides again; one that is best kept wants a new choice, among all hosts.
+    """
+    return _allows(now, host) and (now == before or not now.policy.startswith("soft-"))

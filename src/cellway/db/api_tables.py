@@ -2,8 +2,8 @@
 
 The first part are the incumbent's tables: same names, columns and types, so that an existing deployment's database
 can be read in place. Where it forgot a constraint, the tables that we create have it: unique keys on quota classes,
-usages and aggregate uuids, and no NULL in any unique key, because a key over NULL is none. The second part are tables
-of our own. A change here needs a new version in `api_versions/`. Seeds 002, 003 and 004.
+usages, aggregate uuids and the members of server groups, and no NULL in any unique key, because a key over NULL is
+none. The second part are tables of our own. A change here needs a new version in `api_versions/`. Seeds 002, 003, 004.
 """
 
 from sqlalchemy import (
@@ -163,6 +163,44 @@ key_pairs = table(
     Column("public_key", Text),
     Column("type", Enum("ssh", "x509", name="keypair_types"), nullable=False, server_default="ssh"),
     UniqueConstraint("user_id", "name", name="uniq_key_pairs0user_id0name"),
+)
+
+# ---- server groups ---------------------------------------------------------------------------------------------
+
+instance_groups = table(
+    API_METADATA,
+    "instance_groups",
+    *timestamps(),
+    identity(),
+    Column("user_id", NAME),
+    Column("project_id", NAME),
+    Column("uuid", UUID, nullable=False),
+    Column("name", NAME),
+    UniqueConstraint("uuid", name="uniq_instance_groups0uuid"),
+    Index("instance_groups_project_id_idx", "project_id"),
+)
+
+instance_group_policy = table(
+    API_METADATA,
+    "instance_group_policy",
+    *timestamps(),
+    identity(),
+    Column("policy", NAME),
+    Column("group_id", Integer, ForeignKey("instance_groups.id"), nullable=False),
+    Column("rules", Text),
+    UniqueConstraint("group_id", name="uniq_instance_group_policy0group_id"),
+    Index("instance_group_policy_policy_idx", "policy"),
+)
+
+instance_group_member = table(
+    API_METADATA,
+    "instance_group_member",
+    *timestamps(),
+    identity(),
+    Column("instance_uuid", NAME, nullable=False),
+    Column("group_id", Integer, ForeignKey("instance_groups.id"), nullable=False),
+    UniqueConstraint("group_id", "instance_uuid", name="uniq_instance_group_member0group_id0instance_uuid"),
+    Index("instance_group_member_instance_idx", "instance_uuid"),
 )
 
 # ---- quotas (seed 003) -----------------------------------------------------------------------------------------

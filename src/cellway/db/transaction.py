@@ -189,3 +189,29 @@ def _in_the_c_locale(element: by_code_point, compiler: SQLCompiler, **options: A
 def _as_bytes(element: by_code_point, compiler: SQLCompiler, **options: Any) -> str:
     # UTF-8 keeps the order of its code points, and bytes are not filled up with spaces.
     return f"CAST({compiler.process(element.clauses, **options)} AS BINARY)"
+
+
+class seconds_between(FunctionElement[float]):
+    """The seconds from one time to a later one, with their fraction."""
+
+    inherit_cache = True
+    name = "seconds_between"
+    type = sa.Float()
+
+
+@compiles(seconds_between, "sqlite")
+def _by_julian_days(element: seconds_between, compiler: SQLCompiler, **options: Any) -> str:
+    first, last = (compiler.process(clause, **options) for clause in element.clauses)
+    return f"((julianday({last}) - julianday({first})) * 86400.0)"
+
+
+@compiles(seconds_between, "postgresql")
+def _by_epoch(element: seconds_between, compiler: SQLCompiler, **options: Any) -> str:
+    first, last = (compiler.process(clause, **options) for clause in element.clauses)
+    return f"CAST(EXTRACT(EPOCH FROM {last} - {first}) AS DOUBLE PRECISION)"
+
+
+@compiles(seconds_between, "mysql", "mariadb")
+def _by_microseconds(element: seconds_between, compiler: SQLCompiler, **options: Any) -> str:
+    first, last = (compiler.process(clause, **options) for clause in element.clauses)
+    return f"(TIMESTAMPDIFF(MICROSECOND, {first}, {last}) / 1000000e0)"

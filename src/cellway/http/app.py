@@ -18,6 +18,8 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from cellway.compute.api import ComputeApi
 from cellway.compute.host_api import HostApi
+from cellway.compute.limits import Quotas
+from cellway.compute.usage import UsageApi
 from cellway.config import Limits
 from cellway.context import Clock, RequestContext
 from cellway.db.engines import Database
@@ -33,9 +35,12 @@ from cellway.http import (
     limits,
     metadata,
     microversions,
+    quotas,
+    server_groups,
     servers,
     services,
     tags,
+    tenant_usage,
     versions,
     zones,
 )
@@ -43,7 +48,7 @@ from cellway.http.policy import Policy, Target
 from cellway.http.routes import Route
 from cellway.http.wire import Answer, Call
 from cellway.ids import IdSource, ProjectId, RequestId, UserId
-from cellway.outside import TokenVerifier
+from cellway.outside import ProjectDirectory, TokenVerifier
 
 log = structlog.get_logger()
 
@@ -61,7 +66,10 @@ ROUTES: tuple[Route, ...] = (
     *hypervisors.ROUTES,
     *zones.ROUTES,
     *limits.ROUTES,
+    *quotas.ROUTES,
     *aggregates.ROUTES,
+    *server_groups.ROUTES,
+    *tenant_usage.ROUTES,
 )
 """Every call that is served under `/v2.1`. The first row that fits path, method and microversion answers."""
 
@@ -71,7 +79,10 @@ class Services:
     """What handlers answer with."""
 
     compute: ComputeApi
+    quotas: Quotas
+    projects: ProjectDirectory
     hosts: HostApi
+    usage: UsageApi
     api: Database[ApiTx]
     policy: Policy
     limits: Limits

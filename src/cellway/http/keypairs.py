@@ -108,7 +108,9 @@ async def create(call: Call) -> Answer:
             "public_key is required: keys are not generated here. Generate one with your client, for example "
             "with ssh-keygen -t ed25519, and send its public half.",
         )
-    keypair = await call.services.api.write_once(None, keypairs.create, user, new.name, new.public_key, kind)
+    keypair = await call.services.quotas.take(
+        call.context, "key_pairs", ("", user), keypairs.create, user, new.name, new.public_key, kind
+    )
     body = {"keypair": _view(call, keypair) | {"user_id": keypair.user_id}}
     return answer(body, 201 if call.version >= 2 else 200)
 
@@ -116,7 +118,7 @@ async def create(call: Call) -> Answer:
 async def delete(call: Call) -> Answer:
     """Remove one keypair of a user."""
     user = _owner(call, call.query.get("user_id"))
-    await call.services.api.write_once(None, keypairs.delete, user, call.path["name"])
+    await call.services.quotas.give_back("key_pairs", ("", user), keypairs.delete, user, call.path["name"])
     return Answer(204 if call.version >= 2 else 202)
 
 

@@ -119,9 +119,25 @@ RULES: Mapping[str, str] = {
     "os_compute_api:os-aggregates:show": _ADMIN,
     "os_compute_api:os-availability-zone:list": _ANYONE,
     "os_compute_api:os-availability-zone:detail": _ADMIN,
-    # Limits
+    # Server groups
+    "os_compute_api:os-server-groups:index": _READER,
+    "os_compute_api:os-server-groups:index:all_projects": _ADMIN,
+    "os_compute_api:os-server-groups:show": _READER,
+    "os_compute_api:os-server-groups:create": _MEMBER,
+    "os_compute_api:os-server-groups:delete": _MEMBER,
+    # Limits and usage
     "os_compute_api:limits": _ANYONE,
     "os_compute_api:limits:other_project": _ADMIN,
+    "os_compute_api:os-simple-tenant-usage:list": _ADMIN,
+    "os_compute_api:os-simple-tenant-usage:show": _READER,
+    # Quotas
+    "os_compute_api:os-quota-sets:show": _READER,
+    "os_compute_api:os-quota-sets:defaults": _ANYONE,
+    "os_compute_api:os-quota-sets:detail": _READER,
+    "os_compute_api:os-quota-sets:update": _ADMIN,
+    "os_compute_api:os-quota-sets:delete": _ADMIN,
+    "os_compute_api:os-quota-class-sets:show": _ADMIN,
+    "os_compute_api:os-quota-class-sets:update": _ADMIN,
 }
 """Every rule that may be asked for, and its default."""
 
@@ -131,9 +147,9 @@ _NOT_SERVED = frozenset(
     os-aggregates:delete os-aggregates:remove_host os-aggregates:set_metadata os-aggregates:update
     os-assisted-volume-snapshots os-attach-interfaces os-baremetal-nodes os-console-auth-tokens os-console-output
     os-create-backup os-deferred-delete os-evacuate os-floating-ip-pools os-floating-ips os-hosts
-    os-instance-usage-audit-log os-migrate-server os-migrations os-multinic os-networks os-quota-class-sets
-    os-quota-sets os-remote-consoles os-rescue os-security-groups os-server-diagnostics os-server-external-events
-    os-server-groups os-server-password os-server-shares os-shelve os-simple-tenant-usage os-tenant-networks
+    os-instance-usage-audit-log os-migrate-server os-migrations os-multinic os-networks
+    os-remote-consoles os-rescue os-security-groups os-server-diagnostics os-server-external-events
+    os-server-password os-server-shares os-shelve os-tenant-networks
     os-unrescue os-volumes os-volumes-attachments servers:confirm_resize servers:create:attach_network
     servers:create:attach_volume servers:create:trusted_certs servers:create_image servers:migrations servers:rebuild
     servers:resize servers:revert_resize servers:trigger_crash_dump

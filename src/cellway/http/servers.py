@@ -7,7 +7,7 @@ import msgspec
 from msgspec import UNSET, Meta, UnsetType
 
 from cellway.compute.api import NewServer, Scope
-from cellway.errors import Forbidden, Invalid, NotFound
+from cellway.errors import Invalid, NotFound
 from cellway.http.routes import Route
 from cellway.http.server_query import read_query
 from cellway.http.server_views import Viewer, addresses_of, full_view, summary
@@ -174,12 +174,18 @@ class CreateServer52(CreateServer19, frozen=True):
     tags: Annotated[list[Tag], Meta(max_length=50)] = []
 
 
+class Hints(msgspec.Struct, frozen=True):
+    """Scheduler hints. Only the server group is heeded; what else a client may send is ignored."""
+
+    group: str | UnsetType = UNSET
+
+
 class CreateBody(Body, frozen=True):
     """`POST /servers`"""
 
     server: CreateServer
-    hints: dict[str, Any] = msgspec.field(default_factory=dict, name="os:scheduler_hints")
-    old_hints: dict[str, Any] = msgspec.field(default_factory=dict, name="OS-SCH-HNT:scheduler_hints")
+    hints: Hints | UnsetType = msgspec.field(default=UNSET, name="os:scheduler_hints")
+    old_hints: Hints = msgspec.field(default=Hints(), name="OS-SCH-HNT:scheduler_hints")
 
 
 class CreateBody19(CreateBody, frozen=True):
@@ -197,16 +203,19 @@ class CreateBody52(CreateBody19, frozen=True):
 async def create(call: Call) -> Answer:
     """`POST /servers`"""
     kind = CreateBody52 if call.version >= 52 else CreateBody19 if call.version >= 19 else CreateBody
-    wanted = call.decode(kind).server
+    body = call.decode(kind)
+    wanted = body.server
     _check_networks(call, wanted)
     if wanted.personality:
         raise Invalid("server.no_personality", "Files cannot be put into servers here: send user_data")
     zone, host = _zone_and_host(call, wanted.availability_zone)
+    least, most = _counts(call, wanted)
     new = NewServer(
         name=wanted.name,
         flavor_id=str(wanted.flavorRef).rstrip("/").rpartition("/")[2],
         image_id=_image(wanted),
-        count=_count(call, wanted),
+        count=most,
+        least=least,
         key_name=wanted.key_name,
         zone=zone,
         host=host,
@@ -216,7 +225,8 @@ async def create(call: Call) -> Answer:
         auto_disk_config=wanted.disk_config == "AUTO",
         access_ip_v4=access_ip(wanted.accessIPv4, 4),
         access_ip_v6=access_ip(wanted.accessIPv6, 6),
-        metadata=_metadata(call, wanted.metadata),
+        group=_group(body),
+        metadata=wanted.metadata,
         tags=tuple(wanted.tags) if isinstance(wanted, CreateServer52) else (),
         allow_zero_disk=call.allows("os_compute_api:servers:create:zero_disk_flavor"),
     )
@@ -239,7 +249,7 @@ def _true(word: bool | str) -> bool:
     return word is True or (isinstance(word, str) and word.lower() in ("true", "1", "on", "yes"))
 
 
-def _count(call: Call, wanted: CreateServer) -> int:
+def _counts(call: Call, wanted: CreateServer) -> tuple[int, int]:
     least = int(wanted.min_count) if wanted.min_count is not None else 1
     most = int(wanted.max_count) if wanted.max_count is not None else least
     if least < 1 or most < 1:
@@ -250,7 +260,7 @@ def _count(call: Call, wanted: CreateServer) -> int:
         raise Invalid("server.bad_count", f"max_count may be {call.limits.servers_per_request} at most")
     if most > 1 and len(f"{wanted.name}-{most}") > call.limits.name_characters:
         raise Invalid("server.name_too_long", "The name leaves no room for the number at each server's name's end")
-    return most
+    return least, most
 
 
 def _check_networks(call: Call, wanted: CreateServer) -> None:
@@ -302,12 +312,14 @@ def _zone_and_host(call: Call, zone: str | None) -> tuple[str | None, str | None
     return name or None, host or node or None
 
 
-def _metadata(call: Call, items: dict[str, str]) -> dict[str, str]:
-    if len(items) > call.limits.metadata_items:
-        raise Forbidden(
-            "server.too_much_metadata", f"Maximum number of metadata items exceeds {call.limits.metadata_items}"
-        )
-    return items
+def _group(body: CreateBody) -> str | None:
+    """Return the server group that the hints name. Raises: Invalid for what cannot be one."""
+    group = (body.old_hints if body.hints is UNSET else body.hints).group
+    if group is UNSET:
+        return None
+    if not is_uuid(group):
+        raise Invalid("server.bad_group", "The scheduler hint group must be the uuid of a server group")
+    return group.lower()
 
 
 def access_ip(text: str | None, version: int) -> str | None:

@@ -166,6 +166,10 @@ class Store:
         self._refresh()
         return self._projects.get(project_id)
 
+    async def has_project(self, project_id: str) -> bool:
+        """Tell whether there is such a project."""
+        return self.find_project(project_id) is not None
+
     def find_project_named(self, name: str) -> Project | None:
         """Return the project with this name."""
         self._refresh()

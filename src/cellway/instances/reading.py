@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import sqlalchemy as sa
 
@@ -23,7 +23,7 @@ from cellway.db.cell_tables import (
 )
 from cellway.db.columns import IpAddress
 from cellway.db.prepared import Prepared, Values
-from cellway.db.transaction import CellTx, by_code_point
+from cellway.db.transaction import CellTx, Row, by_code_point
 from cellway.errors import NotFound
 from cellway.instances.records import Fault, Instance, VmState
 
@@ -102,6 +102,52 @@ def get(tx: CellTx, uuid: str) -> Instance:
 def exists(tx: CellTx, uuid: str) -> bool:
     """Tell whether the live instance is in this cell."""
     return tx.execute(_EXISTS, {"uuid": uuid}).first() is not None
+
+
+class Size(NamedTuple):
+    """What an instance takes, whose it is, and whether it counts: not when it is deleted, or marked to be."""
+
+    uuid: str
+    project_id: str
+    user_id: str
+    vcpus: int
+    memory_mb: int
+    live: bool
+
+
+_SIZES = sa.select(
+    instances.c.uuid,
+    instances.c.project_id,
+    instances.c.user_id,
+    sa.func.coalesce(instances.c.vcpus, 0),
+    sa.func.coalesce(instances.c.memory_mb, 0),
+    instances.c.deleted,
+    instances.c.vm_state,
+)
+_SIZES_OF = _SIZES.where(instances.c.uuid.in_(sa.bindparam("uuids", expanding=True)))
+_SIZES_AFTER = (
+    _SIZES.where(instances.c.uuid > sa.bindparam("after"), instances.c.deleted == 0)
+    .order_by(instances.c.uuid)
+    .limit(sa.bindparam("most"))
+)
+_SOFT_DELETED = "soft-delete"
+"""The incumbent's word for an instance that its owner may still restore."""
+
+
+def sizes(tx: CellTx, uuids: Sequence[str]) -> list[Size]:
+    """Return what these instances take, the deleted ones included."""
+    return [_size(row) for row in tx.execute(_SIZES_OF, {"uuids": list(uuids)})]
+
+
+def list_sizes(tx: CellTx, after: str, most: int) -> list[Size]:
+    """Return what live instances take, a page of them in the order of their uuids."""
+    return [_size(row) for row in tx.execute(_SIZES_AFTER, {"after": after, "most": most})]
+
+
+def _size(row: Row) -> Size:
+    uuid, project_id, user_id, vcpus, memory_mb, deleted, vm_state = row
+    live = not deleted and vm_state != _SOFT_DELETED
+    return Size(uuid, project_id or "", user_id or "", vcpus, memory_mb, live)
 
 
 _FAULTY = {VmState.ERROR.value, VmState.DELETED.value}

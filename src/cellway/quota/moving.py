@@ -33,14 +33,7 @@ from cellway.quota.legacy import (
     lock_owners,
     read_keys,
 )
-
-KNOWN_RESOURCES: Final = frozenset(
-    """
-    instances cores ram metadata_items injected_files injected_file_content_bytes injected_file_path_bytes key_pairs
-    server_groups server_group_members fixed_ips floating_ips networks security_groups security_group_rules
-    """.split()
-)
-"""What the incumbent has had limits for. Others are moved as they are, and reported."""
+from cellway.quota.limits import RESOURCES
 
 
 class Rule(enum.StrEnum):
@@ -116,7 +109,7 @@ class Outcome:
     @property
     def is_unknown(self) -> bool:
         """Whether it was moved although nobody knows the resource."""
-        return self.fate in (Fate.MOVED, Fate.REPLACED) and self.row.resource not in KNOWN_RESOURCES
+        return self.fate in (Fate.MOVED, Fate.REPLACED) and self.row.resource not in RESOURCES
 
 
 def decide(

@@ -46,7 +46,7 @@ def soak(kind: str, rule: Rule, rows: int, kills: int, seed: int) -> tuple[str, 
 
 def main() -> int:
     """Run for every rule, print each row as it comes, and write them when asked to."""
-    parser = argparse.ArgumentParser(prog="python -m tests.soak_migration", description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(prog="python -m tests.migration_soak", description=__doc__.partition("\n")[0])
     parser.add_argument("--database", choices=("sqlite", "postgresql", "mariadb"), default="sqlite")
     parser.add_argument("--rule", choices=RULES, type=Rule, action="append", help="only this one; may be repeated")
     parser.add_argument("--rows", type=int, default=20_000, help="in each cell (default: 20000)")
