@@ -5,6 +5,7 @@ import threading
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -40,15 +41,13 @@ Values: TypeAlias = Mapping[str, int | None]
 @pytest.fixture
 async def running(tmp_path: Path, databases: Urls, anyio_backend: str) -> AsyncIterator[Deployment]:
     """Two cells and cell0, with small batches."""
-    limits = QUICK.__class__(**{**_fields(QUICK), "migration_batch": 3})
+    limits = replace(QUICK, migration_batch=3, quota_sweep_seconds=3600)
     async with open_deployment(
         tmp_path / "data", hosts_per_cell=1, builder=False, databases=databases, limits=limits
     ) as made:
+        # At its start it has found out that nothing has to be moved.
+        await in_api(made, lambda tx: tx.execute(sa.delete(api_tables.migration_state)))
         yield made
-
-
-def _fields(limits: Any) -> dict[str, Any]:
-    return {name: getattr(limits, name) for name in limits.__slots__}
 
 
 def row_of(kind: Kind, owner: legacy.Owner, resource: str | None, limit: int | None, **more: Any) -> dict[str, Any]:
