@@ -300,6 +300,8 @@ class _Visit:
                 idle = 0 if self.part.done > before else idle + 1
                 if self.options.dry or not self.part.has_more or not self._room() or idle == _IDLE_PASSES:
                     break
+                if idle:
+                    await self._rest(_IDLE_SECONDS)
         finally:
             # Also when the cell has failed meanwhile.
             if not self.options.dry:
@@ -327,13 +329,13 @@ class _Visit:
                 part.left = batch.left - (part.done if self.options.dry else 0)
             self.watch(part, ())
             if rows and self.options.sleep_seconds:
-                await self._rest()
+                await self._rest(self.options.sleep_seconds)
         if rows:
             part.left = left - (part.done - before)
 
-    async def _rest(self) -> None:
+    async def _rest(self, seconds: float) -> None:
         """Sleep, but not on when the run is told to stop."""
-        resting = asyncio.create_task(self.clock.sleep(self.options.sleep_seconds))
+        resting = asyncio.create_task(self.clock.sleep(seconds))
         told = asyncio.create_task(self.stopping.wait())
         try:
             await asyncio.wait((resting, told), return_when=asyncio.FIRST_COMPLETED)
@@ -391,7 +393,9 @@ class _Visit:
         return most if self.options.most is None else max(0, min(most, self.options.most - self.report.done - taken))
 
 
-_IDLE_PASSES: Final = 3
+_IDLE_PASSES: Final = 5
+_IDLE_SECONDS: Final = 0.5
+"""What is left after a pass that moved nothing is probably in another run's hands: it gets so long for each batch."""
 
 
 def _begin(tx: CellTx, migration: Migration, most: int) -> tuple[int, Sequence[Any]]:

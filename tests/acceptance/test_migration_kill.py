@@ -42,6 +42,17 @@ def test_runs_that_are_killed_give_the_same(kind: str, tmp_path: Path) -> None:
         check(running)
 
 
+def test_runs_at_once_all_come_to_their_end(tmp_path: Path) -> None:
+    """Of three runs that nobody disturbs each ends as one alone does, and every row is moved once."""
+    with trial("sqlite", tmp_path, rule=Rule.HIGHEST, seed=6, rows_per_cell=500) as running:
+        processes = [running.start(batch=10, output=subprocess.PIPE) for _ in range(3)]
+        documents = [json.loads(process.communicate(timeout=120)[0]) for process in processes]
+        running.said.update(process.returncode for process in processes)
+        assert running.said == {3: 3}
+        assert sum(total["done"] for one in documents for total in one["totals"]) == running.rows - BLOCKED * len(CELLS)
+        assert running.result() == running.expected()
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_run_that_is_told_to_stop_ends_after_its_batch(tmp_path: Path, number: signal.Signals) -> None:
     """It ends at once, also out of its rest, with 130 and a document of what it did; the next run goes on."""

@@ -514,6 +514,45 @@ async def test_a_name_that_an_adopted_api_database_cannot_hold_is_blocked(tmp_pa
             assert (blocked.key, blocked.reason) == ("b\U0001f600/cores", "the API database cannot hold it")
 
 
+@pytest.mark.anyio
+async def test_users_see_the_same_limits_before_during_and_after(tmp_path: Path, anyio_backend: str) -> None:
+    """After each row that moves, quota sets are what they were; what was set or deleted meanwhile stays so."""
+    async with open_deployment(tmp_path / "data", hosts_per_cell=1, builder=False) as before:
+        kept, changed, deleted = [before.identity.store.create_project(name).id for name in ("kept", "changed", "gone")]
+        for cell, more in (("cell1", 0), ("cell2", 1)):
+            rows = [
+                row_of(Kind.PROJECT, project, resource, limit + more)
+                for project in (kept, changed, deleted)
+                for resource, limit in (("cores", 10), ("ram", 20))
+            ]
+            await fill(before, cell, Kind.PROJECT, *rows)
+        await in_api(before, lambda tx: tx.execute(sa.delete(api_tables.migration_state)))
+    async with open_deployment(tmp_path / "data", hosts_per_cell=1, builder=False) as running:
+
+        async def shown() -> dict[str, tuple[int, int]]:
+            sets = {}
+            for project in (kept, changed, deleted):
+                answer = await running.admin.get(f"/os-quota-sets/{project}")
+                assert answer.status == 200, answer.body
+                sets[project] = answer.json["quota_set"]["cores"], answer.json["quota_set"]["ram"]
+            return sets
+
+        expected = {kept: (10, 20), changed: (10, 20), deleted: (10, 20)}
+        assert await shown() == expected
+        for step in range(13):
+            await migrate(running, most=1)
+            if step == 3:
+                answer = await running.admin.put(f"/os-quota-sets/{changed}", {"quota_set": {"cores": 15}})
+                assert answer.status == 200, answer.body
+                assert (await running.admin.delete(f"/os-quota-sets/{deleted}")).status in (202, 204)
+                expected |= {changed: (15, 20), deleted: (-1, -1)}
+            assert await shown() == expected, step
+        assert await complete(running) == EVERYWHERE
+        for cell in ("cell0", "cell1", "cell2"):
+            running.break_cell(cell, "refuse")
+        assert await shown() == expected
+
+
 # ---- the rule, without a database ------------------------------------------------------------------------------
 
 CELLS = st.dictionaries(st.integers(1, 4), st.integers(-1, 3), min_size=1)
