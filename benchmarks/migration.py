@@ -108,7 +108,7 @@ def _line(row: Row) -> str:
 
 def how(rows: Sequence[Row], kind: str) -> str:
     """Say how it was measured."""
-    server = "" if kind == "SQLite" else " The database server's CPU is not counted."
+    server = "" if kind == "SQLite" else "\nThe database server's CPU is not counted."
     return (
         f"{len(rows[0].seconds)} rounds of all sizes in turn, after one to warm up, on {kind}: 2 cells of {ROWS}\n"
         f"limits each, all of the same projects and resources; two in three disagree, and the highest stands.{server}"

@@ -144,12 +144,11 @@ class _Statements:
             .order_by(table.c.id.desc())
             .limit(sa.bindparam("most"))
         )
-        moved = sa.tuple_(table.c.id, sa.func.coalesce(table.c.hard_limit, _NULL))
         self.bury = (
             sa.update(table)
             .where(
                 table.c.id.in_(sa.bindparam("ids", expanding=True)),
-                moved.in_(sa.bindparam("moved", expanding=True)),
+                table.c.hard_limit.is_not_distinct_from(sa.bindparam("the_limit", type_=sa.Integer)),
                 _live(table),
             )
             .values(deleted=table.c.id, deleted_at=sa.bindparam("now"))
@@ -195,11 +194,14 @@ def bury(tx: CellTx, rows: Sequence[LegacyLimit]) -> int:
 
     This is the only write to these tables. `deleted` becomes the row's own id, as the incumbent does it.
     """
-    if not rows:
-        return 0
-    moved = [(row.id, _NULL if row.stored is None else row.stored) for row in rows]
-    parameters = {"ids": [row.id for row in rows], "moved": moved, "now": tx.now}
-    return tx.execute(_STATEMENTS[rows[0].kind].bury, parameters).rowcount
+    # One statement for each value: there are few of them, and many pairs in one are dear on PostgreSQL.
+    by_value: dict[object, list[int]] = {}
+    for row in rows:
+        by_value.setdefault(row.stored, []).append(row.id)
+    return sum(
+        tx.execute(_STATEMENTS[rows[0].kind].bury, {"ids": sorted(ids), "the_limit": value, "now": tx.now}).rowcount
+        for value, ids in by_value.items()
+    )
 
 
 # ---- in the API database ---------------------------------------------------------------------------------------
