@@ -3,6 +3,7 @@
 import asyncio
 from collections import Counter
 from collections.abc import AsyncIterator, Iterator
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ from cellway.db.transaction import ApiTx
 from cellway.errors import NotFound
 from cellway.hosts import Claim
 from cellway.server_groups import Placement, Policy, ServerGroup
-from cellway.testing import TINY_IMAGE, Deployment, deployment
+from cellway.testing import NO_QUOTA, TINY_IMAGE, Deployment, deployment
 from tests.databases import KINDS, Shelf, Urls, engine_of, upgraded
 from tests.functional.test_builds import check, make_builder
 
@@ -369,3 +370,50 @@ async def test_whoever_holds_a_group_sees_every_host_that_was_taken_before(unbui
     api = unbuilt.app.databases.on(API)
     taken = await asyncio.gather(*(api.write(take, server) for server in asked))
     assert sorted(taken) == [False] * 7 + [True]
+
+
+# ---- their limits ----------------------------------------------------------------------------------------------
+
+GROUPS, MEMBERS = 3, 4
+
+
+@pytest.fixture
+async def limited(tmp_path: Path, databases: Urls) -> AsyncIterator[Deployment]:
+    """A deployment where a project may have 3 groups, and a user 4 servers in each."""
+    quota = replace(NO_QUOTA, server_groups=GROUPS, server_group_members=MEMBERS)
+    async with deployment(tmp_path / "data", databases=databases, quota=quota) as running:
+        await running.make_flavor()
+        yield running
+
+
+@pytest.mark.anyio
+async def test_no_more_groups_than_the_limit(limited: Deployment) -> None:
+    """Of eight who ask at once three get a group; a deleted one makes room for another, once."""
+    asked = {"server_group": {"name": "g", "policies": ["affinity"]}}
+
+    async def ask() -> tuple[int, Any]:
+        answer = await limited.member.post("/os-server-groups", asked)
+        return answer.status, answer.json
+
+    answers = await asyncio.gather(*(ask() for _ in range(8)))
+    assert Counter(status for status, _ in answers) == {200: GROUPS, 403: 8 - GROUPS}
+    groups = [body["server_group"]["id"] for status, body in answers if status == 200]
+    for group in (groups[0], groups[0]):
+        await limited.member.delete(f"/os-server-groups/{group}")
+    assert [(await ask())[0] for _ in range(2)] == [200, 403]
+    used = (await limited.member.get("/limits")).json["limits"]["absolute"]
+    assert (used["totalServerGroupsUsed"], used["maxServerGroups"]) == (GROUPS, GROUPS)
+
+
+@pytest.mark.anyio
+async def test_no_more_members_than_the_limit(limited: Deployment) -> None:
+    """Of eight servers that are asked for at once four get into the group, and the others are not made."""
+    group = await new_group(limited, "soft-affinity")
+    wanted = {"name": "s", "flavorRef": "m1.tiny", "imageRef": TINY_IMAGE, "networks": "none"}
+    body = {"server": wanted, "os:scheduler_hints": {"group": group}}
+    answers = await asyncio.gather(*(limited.member.post("/servers", body) for _ in range(8)))
+    assert Counter(answer.status for answer in answers) == {202: MEMBERS, 403: 8 - MEMBERS}
+    assert len(await members(limited, group)) == MEMBERS
+    assert len((await limited.member.get("/servers")).json["servers"]) == MEMBERS
+    used = (await limited.member.get("/limits")).json["limits"]["absolute"]
+    assert used["totalInstancesUsed"] == MEMBERS

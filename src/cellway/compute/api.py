@@ -217,6 +217,8 @@ class ComputeApi:
         def allowed() -> Allowed:
             found = quota_limits.allowed(tx, self._quotas.defaults, context.project_id, context.user_id, older)
             _check_metadata(new.metadata, found.user["metadata_items"])
+            if new.group is not None:
+                _check_group(tx, new.group, context.user_id, found.user["server_group_members"])
             return found
 
         usage.reserve_servers(tx, charges, allowed, recount=self._quotas.recount)
@@ -530,6 +532,12 @@ def _join_group(tx: ApiTx, context: RequestContext, uuid: str, servers: Sequence
         server_groups.add_members(tx, uuid, servers)
     except NotFound as error:
         raise Invalid("server.no_group", error.message, group=uuid) from error
+
+
+def _check_group(tx: ApiTx, group: str, user_id: str, most: int) -> None:
+    """Refuse a group in which a user has more servers than he may. Raises: OverQuota."""
+    if 0 <= most < server_groups.count_members(tx, group, user_id):
+        raise OverQuota("server.full_group", "Quota exceeded, too many servers in group", limit=most)
 
 
 def _hostname(name: str, uuid: str) -> str:

@@ -12,7 +12,7 @@ from typing import Concatenate, Final, ParamSpec, TypeVar
 import structlog
 from cachetools import LRUCache
 
-from cellway import keypairs, migration_state
+from cellway import keypairs, migration_state, server_groups
 from cellway.cells import mappings
 from cellway.cells.registry import Cell, Cells
 from cellway.cells.scatter import Answered, gather
@@ -426,4 +426,9 @@ def _refresh(tx: ApiTx, missing: Uncounted, recount: Recount) -> None:
     if "key_pairs" in missing.resources:
         usage.refresh_other(tx, project, user, "key_pairs", lambda: {user: keypairs.count(tx, user)})
     if "server_groups" in missing.resources:
-        usage.refresh_other(tx, project, user, "server_groups", lambda: {"": 0, user: 0})
+        usage.refresh_other(tx, project, user, "server_groups", lambda: _count_groups(tx, project, user))
+
+
+def _count_groups(tx: ApiTx, project_id: str, user_id: str) -> dict[str, int]:
+    counted = {"": server_groups.count_groups(tx, project_id)}
+    return counted | {user_id: server_groups.count_groups(tx, project_id, user_id)} if user_id else counted

@@ -114,8 +114,10 @@ async def create(call: Call) -> Answer:
     else:
         old = call.decode(_Group15).server_group if call.version >= 15 else call.decode(_Group).server_group
         name, (policy,) = old.name, old.policies
-    group = await call.services.api.write_once(
-        None,
+    group = await call.services.quotas.take(
+        call.context,
+        "server_groups",
+        (call.context.project_id, call.context.user_id),
         server_groups.create,
         call.services.ids.uuid(),
         project_id=call.context.project_id,
@@ -130,7 +132,8 @@ async def create(call: Call) -> Answer:
 async def delete(call: Call) -> Answer:
     """Remove a group; its servers stay."""
     group = await _find(call)
-    await call.services.api.write_once(None, server_groups.delete, group.uuid)
+    owner = group.project_id, group.user_id
+    await call.services.quotas.give_back("server_groups", owner, server_groups.delete, group.uuid)
     return Answer(204)
 
 
