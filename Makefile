@@ -63,10 +63,18 @@ bench: .venv/dev.stamp ## CPU per operation, next to a floor measured in the sam
 bench-rpc: .venv/dev.stamp ## the same of calls and casts, in memory and over RabbitMQ
 	@$(BIN)/python -m benchmarks --rpc
 
+.PHONY: bench-migration
+bench-migration: .venv/dev.stamp ## rows per second that leave the cells, by the size of a batch; DATABASE=postgresql or mariadb
+	@$(BIN)/python -m benchmarks --migration $(if $(DATABASE),--database $(DATABASE))
+
 .PHONY: soak
 soak: .venv/dev.stamp ## break separate processes on real servers for an hour or two, into docs/faults.md; DATABASE=mariadb
 	@$(BIN)/python -m tests.soak --database $(or $(DATABASE),postgresql) --write docs/faults.md
 	@$(BIN)/python -m tests.quota_soak --database $(or $(DATABASE),postgresql) --write docs/faults.md
+
+.PHONY: soak-migration
+soak-migration: .venv/dev.stamp ## kill the command that moves limits, 3 x 20,000 of them, into docs/migration-runs.md; DATABASE=sqlite
+	@$(BIN)/python -m tests.migration_soak --database $(or $(DATABASE),sqlite) --write docs/migration-runs.md
 
 # ---- install -----------------------------------------------------------------------------------------------
 

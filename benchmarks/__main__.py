@@ -20,7 +20,7 @@ import msgspec
 import structlog
 import uvloop
 
-from benchmarks import rpc
+from benchmarks import migration, rpc
 from benchmarks.client import CONNECTIONS
 from benchmarks.databases import DATABASES, DRIVERS, NoServer, open_places
 from benchmarks.operations import CELLS, HOSTS_PER_CELL, Operation, Place, open_operations, stage
@@ -28,7 +28,7 @@ from benchmarks.operations import CELLS, HOSTS_PER_CELL, Operation, Place, open_
 SHOW_GOAL = 3.0
 NOVA_GOAL = 30
 ROUNDS = 15
-RPC_ROUNDS = 5
+FEW_ROUNDS = 5
 LEAST_ROUNDS = 3
 ENOUGH_SECONDS = 40
 
@@ -176,17 +176,18 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__.partition("\n")[0])
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--database", choices=DATABASES, default="sqlite", help="operations on it (default: sqlite)")
+    parser.add_argument("--migration", action="store_true", help="rows out of the cells instead, on that database")
     what.add_argument("--rpc", action="store_true", help="calls and casts instead, in memory and over RabbitMQ")
-    parser.add_argument("--rounds", type=int, metavar="N", help="rounds that count, at most (default: 15; RPC: 5)")
+    parser.add_argument("--rounds", type=int, metavar="N", help="rounds that count (default: 15 at most; others: 5)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every round's figures to FILE")
     chosen = parser.parse_args()
-    rounds = chosen.rounds if chosen.rounds is not None else RPC_ROUNDS if chosen.rpc else ROUNDS
+    rounds = chosen.rounds if chosen.rounds is not None else FEW_ROUNDS if chosen.rpc or chosen.migration else ROUNDS
     if rounds < 1:
         parser.error("--rounds must be 1 at least")
     print("Measuring; this takes up to a minute and a half.", file=sys.stderr)
     began, load, stolen = time.monotonic(), os.getloadavg()[0], _stolen_seconds()
     try:
-        rows, text = _measured(chosen.database, chosen.rpc, rounds)
+        rows, text = _measured(chosen.database, chosen.rpc, chosen.migration, rounds)
     except NoServer as error:
         sys.exit(f"error: {error}")
     seconds = time.monotonic() - began
@@ -199,7 +200,9 @@ def main() -> int:
     return 0
 
 
-def _measured(kind: str, with_rpc: bool, rounds: int) -> tuple[Sequence[Row | rpc.Row], str]:
+def _measured(
+    kind: str, with_rpc: bool, with_migration: bool, rounds: int
+) -> tuple[Sequence[Row | rpc.Row | migration.Row], str]:
     """Return what was measured, and the table with what is to be said of it. Raises: NoServer."""
     with (
         tempfile.TemporaryDirectory(prefix="cellway-bench-") as temporary,
@@ -211,6 +214,9 @@ def _measured(kind: str, with_rpc: bool, rounds: int) -> tuple[Sequence[Row | rp
         if with_rpc:
             messages = runner.run(rpc.measure(rounds))
             return messages, "\n".join((rpc.table(messages), "", rpc.how(messages)))
+        if with_migration:
+            moved = runner.run(migration.measure(place("migration"), rounds))
+            return moved, "\n".join((migration.table(moved), "", migration.how(moved, DATABASES[kind])))
         rows = runner.run(run(place("full"), place("accepting"), rounds))
         return rows, "\n".join((table(rows), "", *verdicts(rows), "", _how(rows, kind)))
 

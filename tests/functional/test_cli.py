@@ -2,7 +2,9 @@
 
 import asyncio
 import json
+import sqlite3
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -161,3 +163,128 @@ def test_hosts_are_asked_of_every_cell(run: Run, data: Path) -> None:
     (data / "cell2.db").unlink()
     answer = run("host", "list", "-f", "json")
     assert (answer.status, [missing["cell"] for missing in answer.json["partial"]]) == (6, ["cell2"])
+
+
+# ---- online data migrations ------------------------------------------------------------------------------------
+
+
+def fill(data: Path, cell: str, *rows: tuple[str | None, str, int | None]) -> None:
+    """Put limits of projects into a cell's own table."""
+    insert = "INSERT INTO quotas (project_id, resource, hard_limit, deleted) VALUES (?, ?, ?, 0)"
+    with closing(sqlite3.connect(data / f"{cell}.db")) as connection, connection:
+        connection.executemany(insert, rows)
+
+
+def items(answer: Result) -> dict[tuple[str, str], dict[str, Any]]:
+    """Return the records of a migration's document, by migration and cell."""
+    return {(item["migration"], item["cell"]): item for item in answer.json["items"]}
+
+
+MIGRATE = ("db", "online-data-migrations")
+
+
+def test_a_migration_ends_with_0_and_says_what_it_did(run: Run, data: Path) -> None:
+    """Totals for each migration and cell, every difference, and what nobody knows; then all is complete."""
+    fill(data, "cell1", ("p", "cores", 10), ("p", "gpus", 1))
+    fill(data, "cell2", ("p", "cores", 20), ("\x1b[2J", "ram", 5))
+    dry = run(*MIGRATE, "--dry-run")
+    assert dry.status == 0
+    assert "quotas  cell2  row 1  p/cores: 20 kept, 10 stands" in dry.out
+    assert "nothing was written" in dry.err
+    assert "p/cores" in run(*MIGRATE, "--dry-run", "-f", "json").err
+    answer = run(*MIGRATE)
+    assert (answer.status, answer.out) == (0, dry.out)
+    assert "cell1: 1 rows of gpus, which is not known" in answer.err
+    assert "\x1b" not in answer.out
+    again = run(*MIGRATE, "--format", "json")
+    assert again.status == 0
+    assert again.json["schema"] == "cellway.db.online-data-migrations/1"
+    assert [total["done"] for total in again.json["totals"]] == [0, 0, 0]
+    status = items(run("db", "migrations", "status", "-f", "json"))
+    assert {one["state"] for one in status.values()} == {"complete"}
+    assert {key[1]: one["done"] for key, one in status.items() if key[0] == "quotas"} == {
+        "cell0": 0,
+        "cell1": 2,
+        "cell2": 2,
+    }
+
+
+def test_a_migration_with_a_count_ends_with_1_while_more_remains(run: Run, data: Path) -> None:
+    """The incumbent's loop, again while the status is 1, comes to its end."""
+    fill(data, "cell1", *((f"p{number}", "cores", number) for number in range(5)))
+    assert [run(*MIGRATE, "--max-count", "2").status for _ in range(4)] == [1, 1, 0, 0]
+
+
+def test_rows_that_cannot_be_moved_make_it_3(run: Run, data: Path) -> None:
+    """They are listed with the reason, in text and in JSON, also by a dry run; a conflict under `fail` is one."""
+    fill(data, "cell1", (None, "cores", 10), ("p", "ram", 1))
+    fill(data, "cell2", ("p", "ram", 2))
+    for options in (("--dry-run",), ()):
+        answer = run(*MIGRATE, "--on-conflict", "fail", *options)
+        assert answer.status == 3
+        assert "quotas  cell1  row 1  NULL/cores: 10 blocked: project_id is NULL" in answer.out
+        assert "quotas  cell2  row 1  p/ram: 2 blocked, 1 stands: another cell has another value" in answer.out
+    document = run(*MIGRATE, "--on-conflict", "fail", "-f", "json").json
+    assert [(one["cell"], one["key"], one["reason"]) for one in document["blocked"]] == [
+        ("cell1", "NULL/cores", "project_id is NULL"),
+        ("cell2", "p/ram", "another cell has another value"),
+    ]
+    answer = run(*MIGRATE, "--on-conflict", "lowest")
+    assert answer.status == 3
+    assert "p/ram: 2 kept, 1 stands" in answer.out
+    status = items(run("db", "migrations", "status", "-f", "json"))
+    assert {cell: status["quotas", cell]["state"] for cell in ("cell1", "cell2")} == {
+        "cell1": "blocked",
+        "cell2": "complete",
+    }
+
+
+def test_a_cell_that_does_not_answer_makes_it_2(run: Run, data: Path) -> None:
+    """The others are migrated and the cell is named; with a count it is 1 as long as something was done."""
+    fill(data, "cell1", ("p", "cores", 10), ("p", "ram", 1))
+    (data / "cell2.db").rename(data / "away.db")
+    assert [run(*MIGRATE, "--max-count", "1").status for _ in range(3)] == [1, 1, 2]
+    answer = run(*MIGRATE, "-f", "json")
+    assert answer.status == 2
+    assert {missing["cell"] for missing in answer.json["partial"]} == {"cell2"}
+    assert "warning: quotas: cell2 is not finished" in answer.err
+    assert run("db", "migrations", "status").status == 6
+    (data / "away.db").rename(data / "cell2.db")
+    assert run(*MIGRATE).status == 0
+    (data / "api.db").unlink()
+    assert run(*MIGRATE).status == 2
+
+
+def test_rows_after_completion_are_warned_of(run: Run, data: Path) -> None:
+    """`migrations status` ends with 8 and says what to do; the run that moves them says so too."""
+    run(*MIGRATE)
+    assert run("db", "migrations", "status").status == 0
+    fill(data, "cell2", ("p", "cores", 10))
+    answer = run("db", "migrations", "status")
+    assert answer.status == 8
+    assert "rows have appeared in cell2" in answer.err
+    answer = run(*MIGRATE)
+    assert answer.status == 0
+    assert "warning: quotas: cell2 had rows" in answer.err
+    assert run("db", "migrations", "status").status == 0
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        ("--max-count", "0"),
+        ("--max-count", "-5"),
+        ("--max-count", "many"),
+        ("--on-conflict", "newest"),
+        ("--sleep", "nan"),
+        ("--sleep", "-1"),
+        ("--cell", "nowhere"),
+        ("--formt", "json"),
+        ("cell1",),
+    ],
+)
+def test_a_migration_that_is_called_wrongly_ends_with_127(run: Run, wrong: tuple[str, ...]) -> None:
+    """Every wrong argument has the incumbent's status, because 2 means that the migration failed."""
+    answer = run(*MIGRATE, *wrong)
+    assert (answer.status, answer.out) == (127, "")
+    assert answer.err.startswith("error: ")

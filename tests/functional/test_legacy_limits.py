@@ -168,8 +168,10 @@ def test_what_only_a_file_can_hold_is_a_problem_too(tmp_path: Path) -> None:
         tx = CellTx(connection, NOW)
         add(tx, Kind.PROJECT, project(1, "p" * 256, "cores", 20), project(2, "p", "ram", 2**40))
         connection.exec_driver_sql("INSERT INTO quotas VALUES (3, NULL, NULL, NULL, x'00', 'cores', 1, 0)")
+        add(tx, Kind.PROJECT, project(5, "p\0", "cores", 20))
         connection.exec_driver_sql("INSERT INTO quotas VALUES (4, NULL, NULL, NULL, 'p', 'cores', 'many', 0)")
         assert [row.problem for row in legacy.list_rows(tx, Kind.PROJECT, None, 9)] == [
+            "project_id holds a NUL character",
             "hard_limit is not a whole number of 32 bits",
             "project_id is not text",
             "hard_limit is not a whole number of 32 bits",

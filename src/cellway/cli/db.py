@@ -1,10 +1,11 @@
-"""`cellway db`: the schemas of the API database and of every cell's."""
+"""`cellway db`: the schemas of the API database and of every cell's, and the data that moves between them."""
 
 from typing import Annotated
 
 import typer
 
 from cellway.cells.registry import Templates
+from cellway.cli import data_migrations
 from cellway.cli.deployment import ConfigOption, DataOption, read_config
 from cellway.cli.output import Format, FormatOption, note, print_records
 from cellway.config import Config, Secret
@@ -14,7 +15,9 @@ from cellway.errors import CellwayError, Invalid, NotFound, Unavailable
 from cellway.operations import schemas
 from cellway.operations.schemas import SchemaReport
 
-app = typer.Typer(help="Make and upgrade schemas.", no_args_is_help=True, rich_markup_mode=None)
+app = typer.Typer(help="Make and upgrade schemas, and move data.", no_args_is_help=True, rich_markup_mode=None)
+app.command("online-data-migrations", cls=data_migrations.OnlineDataMigrations)(data_migrations.run)
+app.add_typer(data_migrations.app, name="migrations")
 
 COLUMNS = ("database", "current", "wanted", "state")
 

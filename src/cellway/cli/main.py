@@ -35,7 +35,7 @@ COMMANDS = {
     "demo": "three cells, nine servers booted through the real client",
     "cell": "list, show, create, update and delete cells",
     "host": "list hosts and map new ones",
-    "db": "make and upgrade schemas",
+    "db": "make and upgrade schemas, and move data out of the cells",
 }
 """Command or group, each in the module of its name, with its line in the help."""
 

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from enum import StrEnum
+from types import MappingProxyType
 from typing import Annotated, Any
 
 import structlog
@@ -43,9 +44,15 @@ Record = Mapping[str, Any]
 
 
 def print_records(
-    schema: str, records: Sequence[Record], columns: Sequence[str], form: Format, *, partial: Sequence[Record] = ()
+    schema: str,
+    records: Sequence[Record],
+    columns: Sequence[str],
+    form: Format,
+    *,
+    partial: Sequence[Record] = (),
+    more: Record = MappingProxyType({}),
 ) -> None:
-    """Print records; `columns` are their keys in order. `partial` says which cells are missing."""
+    """Print records; `columns` are their keys in order. `partial` says which cells are missing, `more` is for JSON."""
     match form:
         case Format.JSON:
             document = {
@@ -53,6 +60,7 @@ def print_records(
                 "items": records,
                 "partial": partial,
                 "as_of": datetime.now(UTC).isoformat(timespec="seconds"),
+                **more,
             }
             print(json.dumps(document, default=str))
         case Format.VALUE:

@@ -81,7 +81,9 @@ def insert_many_if_absent(tx: Tx, table: sa.Table, rows: Sequence[Mapping[str, A
         return
     match tx.connection.dialect.name:
         case "postgresql":
-            statement: sa.Executable = postgresql.insert(table).on_conflict_do_nothing()
+            # With RETURNING, SQLAlchemy makes one statement of many rows.
+            key = next(iter(table.primary_key))
+            statement: sa.Executable = postgresql.insert(table).on_conflict_do_nothing().returning(key)
         case "sqlite":
             statement = sqlite.insert(table).on_conflict_do_nothing()
         case _:

@@ -72,6 +72,8 @@ class LegacyLimit:
                 return f"{column} is {'NULL' if value is None else 'not text'}"
             if len(value) > _WIDTH:
                 return f"{column} is longer than {_WIDTH} characters"
+            if "\0" in value:
+                return f"{column} holds a NUL character"
         if self.stored is not None and not (isinstance(self.stored, int) and _NULL <= self.stored <= _MOST):
             return "hard_limit is not a whole number of 32 bits"
         return None
@@ -103,6 +105,18 @@ def _as_it_is(column: sa.ColumnElement[str]) -> sa.ColumnElement[str]:
     return column
 
 
+FORMS: Final = (_as_it_is, by_code_point)
+"""How a column is compared with names that are plain, and with others."""
+
+
+def are_plain(names: Iterable[str]) -> bool:
+    """Tell whether these names may be compared with any column.
+
+    MariaDB refuses to compare a character of four bytes with the incumbent's columns, which hold three at most.
+    """
+    return all(name.isascii() or max(name) <= "\uffff" for name in names)
+
+
 class _Statements:
     """What is asked of one table."""
 
@@ -113,7 +127,7 @@ class _Statements:
             sa.select(*columns, table.c.resource, table.c.hard_limit)
             .where(*(form(table.c[name]) == sa.bindparam(f"the_{name}") for name in names), _live(table))
             .order_by(table.c.id.desc())
-            for form in (_as_it_is, by_code_point)
+            for form in FORMS
         )
         self.any = sa.select(table.c.id).where(_live(table)).limit(1)
         self.count = sa.select(sa.func.count()).select_from(table).where(_live(table))
@@ -130,12 +144,11 @@ class _Statements:
             .order_by(table.c.id.desc())
             .limit(sa.bindparam("most"))
         )
-        moved = sa.tuple_(table.c.id, sa.func.coalesce(table.c.hard_limit, _NULL))
         self.bury = (
             sa.update(table)
             .where(
                 table.c.id.in_(sa.bindparam("ids", expanding=True)),
-                moved.in_(sa.bindparam("moved", expanding=True)),
+                table.c.hard_limit.is_not_distinct_from(sa.bindparam("the_limit", type_=sa.Integer)),
                 _live(table),
             )
             .values(deleted=table.c.id, deleted_at=sa.bindparam("now"))
@@ -150,9 +163,7 @@ def find_limits(tx: CellTx, kind: Kind, owner: Owner) -> dict[str, int]:
     names = (owner,) if isinstance(owner, str) else owner
     parameters = {f"the_{column}": name for column, name in zip(OWNER_COLUMNS[kind], names, strict=True)}
     statements = _STATEMENTS[kind]
-    # MariaDB refuses to compare a character of four bytes with the incumbent's columns, which hold three at most.
-    plain = all(character <= "\uffff" for name in names for character in name)
-    rows = tx.execute(statements.find if plain else statements.find_by_bytes, parameters)
+    rows = tx.execute(statements.find if are_plain(names) else statements.find_by_bytes, parameters)
     # Compared once more: in the incumbent's tables on MariaDB, `A` equals `a`, and on every MariaDB `a` equals `a `.
     return {row.resource: _limit(row.hard_limit) for row in rows if tuple(row[: len(names)]) == tuple(names)}
 
@@ -183,11 +194,14 @@ def bury(tx: CellTx, rows: Sequence[LegacyLimit]) -> int:
 
     This is the only write to these tables. `deleted` becomes the row's own id, as the incumbent does it.
     """
-    if not rows:
-        return 0
-    moved = [(row.id, _NULL if row.stored is None else row.stored) for row in rows]
-    parameters = {"ids": [row.id for row in rows], "moved": moved, "now": tx.now}
-    return tx.execute(_STATEMENTS[rows[0].kind].bury, parameters).rowcount
+    # One statement for each value: there are few of them, and many pairs in one are dear on PostgreSQL.
+    by_value: dict[object, list[int]] = {}
+    for row in rows:
+        by_value.setdefault(row.stored, []).append(row.id)
+    return sum(
+        tx.execute(_STATEMENTS[rows[0].kind].bury, {"ids": sorted(ids), "the_limit": value, "now": tx.now}).rowcount
+        for value, ids in by_value.items()
+    )
 
 
 # ---- in the API database ---------------------------------------------------------------------------------------
