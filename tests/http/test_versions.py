@@ -193,7 +193,8 @@ async def test_every_link_starts_with_the_public_endpoint(shared: Deployment, se
     """Addresses come from the configuration, whatever the client calls this host."""
     app = shared.app
     services = Services(
-        compute=app.open_compute(shared.identity), hosts=app.hosts, api=app.databases.on(API), policy=Policy.load(None),
+        compute=app.open_compute(shared.identity), quotas=app.quotas, projects=shared.identity.store, hosts=app.hosts,
+        api=app.databases.on(API), policy=Policy.load(None),
         limits=app.config.limits, clock=app.clock, ids=app.ids,
         compute_url="https://cloud.example/compute/v2.1", identity_url="https://cloud.example/identity",
     )  # fmt: skip

@@ -29,6 +29,11 @@ _FAMILIES: Final = (SERVER, ("server_groups",), ("key_pairs",))
 COUNTED: Final = tuple(resource for family in _FAMILIES for resource in family)
 """The resources that have a usage."""
 _PROJECT: Final = ""
+_TOO_MANY: Final = {
+    "key_pairs": "Quota exceeded, too many key pairs.",
+    "server_groups": "Quota exceeded, too many server groups.",
+}
+"""What the incumbent says without numbers."""
 
 Key = tuple[str, str, str]
 """Project, user and resource of a usage: no user in a project's own, no project in what is a user's alone."""
@@ -303,6 +308,8 @@ def _over(rows: Sequence[Row], asked: Ask, times: int, limits: Sequence[int]) ->
             over[row.resource] = used, limit
             room = min(room, max(0, (limit - used) // more))
     names = sorted(over)
+    if names[0] in _TOO_MANY:
+        return OverQuota("quota.over", _TOO_MANY[names[0]], resources=names, room=room)
     listed = ", ".join(names)
     wanted = ", ".join(str(asked[name] * times) for name in names)
     used_up = ", ".join(str(over[name][0]) for name in names)
