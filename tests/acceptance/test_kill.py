@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 
 from cellway.config import Secret
-from tests.acceptance.control_plane import ControlPlane, running
+from tests.acceptance.control_plane import NO_QUOTA, ControlPlane, running
 from tests.acceptance.oracles import CAPACITY, INVARIANTS, Aftermath, Api, Journal, Load, guests_of, settle
 
 KILLS = 20

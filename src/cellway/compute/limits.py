@@ -216,7 +216,8 @@ class Quotas:
                 None, self._set, project_id, user_id, wanted, older, force=force
             )
 
-        return await self.decide(context, (project_id, user_id or ""), tuple(wanted), write)
+        # Of every resource, since all of them are returned.
+        return await self.decide(context, (project_id, user_id or ""), limits.RESOURCES, write)
 
     def _set(
         self, tx: ApiTx, project_id: str, user_id: str | None, wanted: Mapping[str, int], older: Older, *, force: bool
@@ -236,6 +237,9 @@ class Quotas:
         self, tx: ApiTx, project_id: str, user_id: str | None, wanted: Mapping[str, int], allowed: Allowed
     ) -> None:
         used = usage.find(tx, project_id, user_id or "")
+        uncounted = {resource for resource in wanted if resource in COUNTED and resource != "key_pairs"} - used.keys()
+        if uncounted:
+            raise Uncounted(project_id, user_id or "", uncounted, first=True)
         given = limits.given_to_users(tx, project_id, but=user_id)
         for resource, limit in sorted(wanted.items()):
             least = used.get(resource, Usage()).total
@@ -269,15 +273,24 @@ class Quotas:
     async def class_limits(self, context: RequestContext, class_name: str = limits.DEFAULT_CLASS) -> dict[str, int]:
         """Return the limits of a quota class: its own, else those of the class `default`, else the configured."""
         older = await self.find_older(context, "", "", class_name=class_name)
-        found = await self._cells.databases.on(API).read(limits.find, "", "", class_name=class_name, older=older)
-        return limits.resolve(found, self.defaults, up_to=Level.CLASS)
+        return await self._cells.databases.on(API).read(self._class_limits, class_name, older)
 
     async def set_class_limits(
         self, context: RequestContext, class_name: str, wanted: Mapping[str, int]
     ) -> dict[str, int]:
         """Set limits of a quota class, all or none; return what is in force then. Raises: Invalid."""
-        await self._cells.databases.on(API).write_once(None, limits.set_class, class_name, wanted)
-        return await self.class_limits(context, class_name)
+        # First: once the limits are set, nothing may fail any more.
+        older = await self.find_older(context, "", "", class_name=class_name)
+
+        def change(tx: ApiTx) -> dict[str, int]:
+            limits.set_class(tx, class_name, wanted)
+            return self._class_limits(tx, class_name, older)
+
+        return await self._cells.databases.on(API).write_once(None, change)
+
+    def _class_limits(self, tx: ApiTx, class_name: str, older: Older) -> dict[str, int]:
+        found = limits.find(tx, "", "", class_name=class_name, older=older)
+        return limits.resolve(found, self.defaults, up_to=Level.CLASS)
 
     # ---- usage
 
