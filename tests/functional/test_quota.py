@@ -436,7 +436,7 @@ async def test_a_usage_that_cannot_be_trusted_is_counted_first(
     """A usage below 0, or counted too long or too many uses ago, decides nothing until it is counted anew."""
     one = charges_of(1, "p1", "alice", 1, 1)
     await api.write(usage.refresh, "p1", ["alice"], recount=recount)
-    await api.write(lambda tx: tx.execute(sa.update(quota_usages).values(**spoil)) and None)
+    await api.write(lambda tx: tx.execute(sa.update(quota_usages).values(**spoil)).rowcount)
     with pytest.raises(Uncounted) as refusal:
         await api.write(lambda tx: usage.reserve_servers(tx, one, allowed(tx, "p1", "alice"), recount=recount))
     assert not refusal.value.first
@@ -451,12 +451,16 @@ async def test_a_usage_that_cannot_be_trusted_is_counted_first(
 async def test_a_usage_is_counted_anew_after_so_many_uses(api: Database[ApiTx]) -> None:
     """With `until_refresh` at 2 the third reservation waits for a count."""
     recount = Recount(after_uses=2)
+
+    def reserve(tx: ApiTx, charges: list[Charge]) -> None:
+        usage.reserve_servers(tx, charges, allowed(tx, "p1", "alice"), recount=recount)
+
     await api.write(usage.refresh, "p1", ["alice"], recount=recount)
     for _ in range(2):
         one = charges_of(1, "p1", "alice", 0, 1)
-        await api.write(lambda tx, one=one: usage.reserve_servers(tx, one, allowed(tx, "p1", "alice"), recount=recount))
+        await api.write(reserve, one)
     with pytest.raises(Uncounted):
-        await api.write(lambda tx: usage.reserve_servers(tx, one, allowed(tx, "p1", "alice"), recount=recount))
+        await api.write(reserve, one)
 
 
 @pytest.mark.anyio

@@ -351,7 +351,8 @@ def _services(shared: Deployment, **limits: Any) -> Services:
     """Return what handlers answer with, under other limits."""
     app = shared.app
     return Services(
-        compute=app.open_compute(shared.identity), hosts=app.hosts, api=app.databases.on(API), policy=Policy.load(None),
+        compute=app.open_compute(shared.identity), quotas=app.quotas, projects=shared.identity.store, hosts=app.hosts,
+        api=app.databases.on(API), policy=Policy.load(None),
         limits=replace(QUICK, **limits), clock=app.clock, ids=app.ids,
         compute_url="http://127.0.0.1:8774/compute/v2.1", identity_url="http://127.0.0.1:8774/identity",
     )  # fmt: skip

@@ -19,6 +19,7 @@ from cellway.db.api_tables import (
     reservations,
     server_charges,
 )
+from cellway.db.transaction import ApiTx
 from cellway.testing import TINY_IMAGE, Client, Deployment, Response
 from cellway.testing import deployment as open_deployment
 
@@ -103,10 +104,12 @@ async def boot(client: Client, flavor: str = "m1.tiny", **more: Any) -> Response
 async def snapshot(limited: Deployment) -> dict[str, list[Any]]:
     """Return every row that a create writes."""
     tables = (quota_usages, reservations, server_charges, instance_mappings, build_requests, build_claims)
-    return {
-        table.name: await limited.in_api(lambda tx, table=table: [tuple(row) for row in tx.execute(sa.select(table))])
-        for table in tables
-    }
+
+    def read(tx: ApiTx) -> dict[str, list[Any]]:
+        return {table.name: [tuple(row) for row in tx.execute(sa.select(table))] for table in tables}
+
+    rows: dict[str, list[Any]] = await limited.in_api(read)
+    return rows
 
 
 # ---- what is shown ---------------------------------------------------------------------------------------------
@@ -220,9 +223,9 @@ async def test_deleting_is_accepted_also_when_there_is_nothing(limited: Deployme
     "wrong",
     [
         {"cores": -2}, {"cores": "-2"}, {"cores": 2**31}, {"cores": str(2**31)}, {"cores": 10**30}, {"cores": 1.5},
-        {"cores": "9" * 200}, {"cores": "9" * 5000}, {"cores": None}, {"cores": True}, {"cores": "many"}, {"cores": ""}, {"cores": "1\n"},
-        {"cores": "٣"}, {"cores": [1]}, {"cores": {}}, {"networks": 1}, {"tenant_id": "x"}, {"id": 1}, {"Cores": 1},
-        {"force": "maybe"}, {"force": None}, {"force": 2}, {"": 1},
+        {"cores": "9" * 200}, {"cores": "9" * 5000}, {"cores": None}, {"cores": True}, {"cores": "many"},
+        {"cores": ""}, {"cores": "1\n"}, {"cores": "٣"}, {"cores": [1]}, {"cores": {}}, {"networks": 1},
+        {"tenant_id": "x"}, {"id": 1}, {"Cores": 1}, {"force": "maybe"}, {"force": None}, {"force": 2}, {"": 1},
     ],
     ids=str,
 )  # fmt: skip

@@ -25,7 +25,7 @@ from cellway.instances import reading
 from cellway.instances.reading import Size
 from cellway.quota import legacy, limits, usage
 from cellway.quota.legacy import Kind, Owner
-from cellway.quota.limits import Allowed, Level, Older
+from cellway.quota.limits import Allowed, Level, Older, Source
 from cellway.quota.usage import COUNTED, SERVER, Charge, Recount, Uncounted, Usage
 
 P = ParamSpec("P")
@@ -275,6 +275,29 @@ class Quotas:
         older = await self.find_older(context, "", "", class_name=class_name)
         return await self._cells.databases.on(API).read(self._class_limits, class_name, older)
 
+    async def delete_class_limits(self, class_name: str) -> None:
+        """Remove the limits of a quota class. No cell needs to answer."""
+        await self._cells.databases.on(API).write_once(None, limits.delete_class, class_name)
+
+    async def explain(
+        self,
+        context: RequestContext,
+        project_id: str,
+        user_id: str,
+        class_name: str = limits.DEFAULT_CLASS,
+        *,
+        up_to: Level,
+    ) -> dict[str, Source]:
+        """Return the limits in force and where each was found, of every resource, looking at no level above `up_to`."""
+        older = await self.find_older(context, project_id, user_id, class_name=class_name)
+
+        def look(tx: ApiTx) -> dict[str, Source]:
+            known = limits.find(tx, project_id, user_id, class_name=class_name)
+            found = limits.find(tx, project_id, user_id, class_name=class_name, older=older)
+            return limits.explain(found, known, self.defaults, up_to=up_to)
+
+        return await self._cells.databases.on(API).read(look)
+
     async def set_class_limits(
         self, context: RequestContext, class_name: str, wanted: Mapping[str, int]
     ) -> dict[str, int]:
@@ -311,6 +334,11 @@ class Quotas:
         api = self._cells.databases.on(API)
         await api.write(usage.refresh, project_id, None if user_id is None else [user_id], recount=self.recount)
         return silent
+
+    async def refresh_own(self, user_id: str) -> None:
+        """Count anew what is a user's alone."""
+        own = Uncounted("", user_id, ["key_pairs"], first=False)
+        await self._cells.databases.on(API).write(_refresh, own, self.recount)
 
     async def _count(self, context: RequestContext, missing: Uncounted) -> None:
         """Count what a decision found uncounted. Raises: Unavailable."""

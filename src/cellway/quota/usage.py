@@ -126,6 +126,21 @@ _EXPIRED = (
 _CHARGE_OF = sa.select(_C.instance_uuid, _C.project_id, _C.user_id, _C.cores, _C.ram, _C.instances).where(
     _C.instance_uuid == sa.bindparam("the_uuid")
 )
+_CHARGES = (
+    sa.select(_C.id, _C.instance_uuid, _C.project_id, _C.user_id, _C.cores, _C.ram, _C.instances)
+    .where(_C.id > sa.bindparam("after"))
+    .order_by(_C.id)
+    .limit(sa.bindparam("most"))
+)
+_CHARGES_IN = _CHARGES.where(_C.project_id == sa.bindparam("the_project"))
+_CHARGES_OF = sa.select(_C.instance_uuid, _C.project_id, _C.user_id, _C.cores, _C.ram, _C.instances).where(
+    _C.instance_uuid.in_(sa.bindparam("the_uuids", expanding=True))
+)
+_RECHARGE = (
+    sa.update(server_charges)
+    .where(_C.instance_uuid == sa.bindparam("the_uuid"), _C.instances > 0)
+    .values(cores=sa.bindparam("the_cores"), ram=sa.bindparam("the_ram"))
+)
 _UNCHARGE = sa.delete(server_charges).where(_C.instance_uuid == sa.bindparam("the_uuid"))
 _CHARGE_NOTHING = (
     sa.update(server_charges)
@@ -413,6 +428,28 @@ def _charge_row(charge: Charge, now: datetime) -> dict[str, Any]:
     }
 
 
+def list_charges(tx: ApiTx, project_id: str | None, *, after: int, most: int) -> list[tuple[int, Charge]]:
+    """Return a page of the charges of a project, or of all, each with its id; the next begins `after` the last id."""
+    wanted = {"after": after, "most": most}
+    rows = (
+        tx.execute(_CHARGES, wanted)
+        if project_id is None
+        else tx.execute(_CHARGES_IN, {**wanted, "the_project": project_id})
+    )
+    return [(number, Charge(*values)) for number, *values in rows]
+
+
+def find_charges(tx: ApiTx, uuids: Collection[str]) -> dict[str, Charge]:
+    """Return what these servers are charged, without those that are not."""
+    return {row[0]: Charge(*row) for row in tx.execute(_CHARGES_OF, {"the_uuids": list(uuids)})}
+
+
+def recharge(tx: ApiTx, charge: Charge) -> None:
+    """Correct what a server is charged, unless it is charged nothing any more. Count its project anew afterwards."""
+    _lock_or_make(tx, charge.project_id, _PROJECT, SERVER)
+    tx.execute(_RECHARGE, {"the_uuid": charge.instance_uuid, "the_cores": charge.cores, "the_ram": charge.ram})
+
+
 def refund(tx: ApiTx, instance_uuid: str, *, keep: bool = False) -> bool:
     """Give back what a server takes, once; tell whether it took anything.
 
@@ -524,6 +561,9 @@ _SET = (
 _USERS = sa.select(_U.user_id).where(_U.project_id == sa.bindparam("the_project"), _U.user_id != "").distinct()
 _PROJECTS = sa.union(
     sa.select(_U.project_id).where(_U.project_id != ""), sa.select(_C.project_id), sa.select(_R.project_id)
+)
+_LIST_OF = sa.select(_U.user_id, _U.resource, _U.in_use, _U.reserved).where(
+    _U.project_id == sa.bindparam("the_project"), sa.or_(_U.until_refresh.is_(None), _U.until_refresh > 0)
 )
 Count = dict[tuple[str, str], Usage]
 """Usages by user ('' for the project) and resource."""
@@ -640,6 +680,9 @@ def list_projects(tx: ApiTx) -> list[str]:
 
 
 def list_of(tx: ApiTx, project_id: str) -> Count:
-    """Return every usage of a project's servers as it stands."""
-    rows = tx.execute(sa.select(_U.user_id, _U.resource, _U.in_use, _U.reserved).where(_U.project_id == project_id))
-    return {(row.user_id, row.resource): Usage(row.in_use, row.reserved) for row in rows if row.resource in SERVER}
+    """Return every usage of a project as it stands, but for those that are counted anew before they are used.
+
+    Without a project these are the users' own.
+    """
+    rows = tx.execute(_LIST_OF, {"the_project": project_id})
+    return {(row.user_id, row.resource): Usage(row.in_use, row.reserved) for row in rows}
