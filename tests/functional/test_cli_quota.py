@@ -99,14 +99,15 @@ def test_each_level_is_shown_as_where_a_limit_comes_from(run: Run, data: Path) -
     ):
         assert run("quota", "set", *arguments).status == 0
         for who, where in expected.items():
-            asked = {project: (project,), user: (project, "--user", user), "gold": ("--class", "gold")}[who]
+            asked = {project: [project], user: [project, "--user", user], "gold": ["--class", "gold"]}[who]
             assert limits_of(run, *asked)["cores"] == where
     assert limits_of(run, "--default")["cores"] == (30, "default")
-    for arguments, left in (
-        ((project, "--user", user), (32, "project")), ((project,), (30, "default")),
-        (("--class", "default"), (20, "configuration")),
-    ):  # fmt: skip
-        assert run("quota", "delete", *arguments).status == 0
+    for owner, left in (
+        ([project, "--user", user], (32, "project")),
+        ([project], (30, "default")),
+        (["--class", "default"], (20, "configuration")),
+    ):
+        assert run("quota", "delete", *owner).status == 0
         assert limits_of(run, project, "--user", user)["cores"] == left
 
 

@@ -460,7 +460,7 @@ async def test_a_usage_is_counted_anew_after_so_many_uses(api: Database[ApiTx]) 
         one = charges_of(1, "p1", "alice", 0, 1)
         await api.write(reserve, one)
     with pytest.raises(Uncounted):
-        await api.write(reserve, one)
+        await api.write(reserve, charges_of(1, "p1", "alice", 0, 1))
 
 
 @pytest.mark.anyio

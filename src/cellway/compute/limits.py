@@ -157,9 +157,10 @@ class Quotas:
         owners: dict[Level, tuple[Kind, Owner]] = {
             Level.USER: (Kind.USER, (project_id, user_id)),
             Level.PROJECT: (Kind.PROJECT, project_id),
-            Level.CLASS: (Kind.CLASS, class_name),
             Level.DEFAULT: (Kind.CLASS, limits.DEFAULT_CLASS),
         }
+        if class_name != limits.DEFAULT_CLASS:
+            owners[Level.CLASS] = Kind.CLASS, class_name
         wanted = {
             level: owner
             for level, owner in owners.items()
@@ -329,9 +330,15 @@ class Quotas:
         raise _unsettled(project_id)
 
     async def refresh(self, context: RequestContext, project_id: str, user_id: str | None = None) -> list[str]:
-        """Count a project anew, or one user in it; return the cells that were needed for it and did not answer."""
+        """Count a project anew, or one user in it; return the cells that were needed for it and did not answer.
+
+        Without them a first count is left to whoever needs it, and is decided there.
+        """
         silent = await self._charge_found(context, project_id)
         api = self._cells.databases.on(API)
+        if silent and self._refuses:
+            await api.write(usage.refresh_counted, project_id, recount=self.recount)
+            return silent
         await api.write(usage.refresh, project_id, None if user_id is None else [user_id], recount=self.recount)
         return silent
 

@@ -501,18 +501,18 @@ _STILL_LIVE = (
 
 
 def adopt(tx: ApiTx, project_id: str, charges: Sequence[Charge], *, recount: Recount) -> None:
-    """Charge servers of a project that were found in cells without a charge, and count the project anew.
+    """Charge servers of a project that were found in cells without a charge, and count anew what was counted before.
 
-    Those whose deletion was accepted meanwhile are left out.
+    Those whose deletion was accepted meanwhile are left out. A first count is the caller's: only it knows whether more
+    cells are still to be asked.
     """
     # Locked: a deletion that is accepted later comes to its refund later.
     live = set(tx.execute(_STILL_LIVE, {"the_uuids": [one.instance_uuid for one in charges]}).scalars())
-    users = set[str]()
     _lock_or_make(tx, project_id, _PROJECT, SERVER)
     for one in charges:
-        if one.instance_uuid in live and insert_if_absent(tx, server_charges, _charge_row(one, tx.now)):
-            users.add(one.user_id)
-    refresh(tx, project_id, users, recount=recount)
+        if one.instance_uuid in live:
+            insert_if_absent(tx, server_charges, _charge_row(one, tx.now))
+    refresh_counted(tx, project_id, recount=recount)
 
 
 def list_uncharged(tx: ApiTx, cell_ids: Collection[int], project_id: str | None, *, after: int, most: int) -> list[Row]:
@@ -608,6 +608,15 @@ def refresh(
         for resource in SERVER
     }  # fmt: skip
     _write(tx, project_id, wanted, recount)
+
+
+def refresh_counted(tx: ApiTx, project_id: str, *, recount: Recount = NEVER) -> None:
+    """Do the same for the usages that were counted before, and leave the others to their first count."""
+    _lock_or_make(tx, project_id, _PROJECT, SERVER)
+    counted = count(tx, project_id)
+    known = [key for key in list_of(tx, project_id) if key[1] in SERVER]
+    if known:
+        _write(tx, project_id, {key: counted.get(key, Usage()) for key in known}, recount)
 
 
 def refresh_other(
