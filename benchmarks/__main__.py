@@ -20,7 +20,7 @@ import msgspec
 import structlog
 import uvloop
 
-from benchmarks import rpc
+from benchmarks import quota, rpc
 from benchmarks.client import CONNECTIONS
 from benchmarks.databases import DATABASES, DRIVERS, NoServer, open_places
 from benchmarks.operations import CELLS, HOSTS_PER_CELL, Operation, Place, open_operations, stage
@@ -29,6 +29,7 @@ SHOW_GOAL = 3.0
 NOVA_GOAL = 30
 ROUNDS = 15
 RPC_ROUNDS = 5
+QUOTA_ROUNDS = 5
 LEAST_ROUNDS = 3
 ENOUGH_SECONDS = 40
 
@@ -199,7 +200,7 @@ def main() -> int:
     return 0
 
 
-def _measured(kind: str, with_rpc: bool, rounds: int) -> tuple[Sequence[Row | rpc.Row], str]:
+def _measured(kind: str, with_rpc: bool, rounds: int) -> tuple[Sequence[Row | rpc.Row | quota.Row], str]:
     """Return what was measured, and the table with what is to be said of it. Raises: NoServer."""
     with (
         tempfile.TemporaryDirectory(prefix="cellway-bench-") as temporary,
@@ -212,7 +213,9 @@ def _measured(kind: str, with_rpc: bool, rounds: int) -> tuple[Sequence[Row | rp
             messages = runner.run(rpc.measure(rounds))
             return messages, "\n".join((rpc.table(messages), "", rpc.how(messages)))
         rows = runner.run(run(place("full"), place("accepting"), rounds))
-        return rows, "\n".join((table(rows), "", *verdicts(rows), "", _how(rows, kind)))
+        granted = runner.run(quota.measure(place("quota"), min(rounds, QUOTA_ROUNDS)))
+        text = (table(rows), "", quota.table(granted), "", *verdicts(rows), "", _how(rows, kind), quota.how(granted))
+        return [*rows, *granted], "\n".join(text)
 
 
 def _log_to(stream: TextIO) -> None:
