@@ -354,7 +354,7 @@ async def test_detail_and_limits_say_what_is_reserved_and_in_use(tmp_path: Path)
         (
             "m1.two",
             {"min_count": 4, "max_count": 5},
-            "cores, instances, ram: Requested 10, 5, 5120, but already used 0, 0, 0 of 5, 3, 2048 "
+            "cores, instances, ram: Requested 10, 4-5, 5120, but already used 0, 0, 0 of 5, 3, 2048 "
             "cores, instances, ram",
         ),
     ],

@@ -215,7 +215,7 @@ class ComputeApi:
             _check_metadata(new.metadata, found.user["metadata_items"])
             return found
 
-        usage.reserve_servers(tx, charges, allowed, recount=self._quotas.recount)
+        usage.reserve_servers(tx, charges, allowed, least=new.least, recount=self._quotas.recount)
         return made
 
     def zones(self) -> dict[str, bool]:

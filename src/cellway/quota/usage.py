@@ -209,14 +209,20 @@ def reserve(
 
 
 def reserve_servers(
-    tx: ApiTx, charges: Sequence[Charge], allowed: Callable[[], Allowed], *, recount: Recount = NEVER
+    tx: ApiTx,
+    charges: Sequence[Charge],
+    allowed: Callable[[], Allowed],
+    *,
+    least: int | None = None,
+    recount: Recount = NEVER,
 ) -> None:
     """Reserve for equal servers, all or none, and charge them. Each reservation's uuid is its server's.
 
-    Raises: OverQuota, whose field `room` says how many of them there is room for; Uncounted.
+    `least` is how many would do; only a refusal says so. Raises: OverQuota, whose field `room` says how many of them
+    there is room for; Uncounted.
     """
     one = charges[0]
-    rows = _grant(tx, one.project_id, one.user_id, one.taken, len(charges), allowed, recount)
+    rows = _grant(tx, one.project_id, one.user_id, one.taken, len(charges), allowed, recount, least)
     _note(tx, [charge.instance_uuid for charge in charges], one.project_id, one.taken, rows, None)
     write_charges(tx, charges)
 
@@ -242,6 +248,7 @@ def _grant(
     times: int,
     allowed: Callable[[], Allowed],
     recount: Recount,
+    least: int | None = None,
 ) -> list[Row]:
     """Add what is asked, so many times, to what is reserved; return the usage rows as they were before."""
     lock(tx, project_id, user_id, asked)
@@ -258,7 +265,7 @@ def _grant(
         change[f"more{number}"] = max(0, asked[row.resource] * times)
         change[f"limit{number}"] = MOST if limit < 0 or asked[row.resource] <= 0 else limit
     if tx.execute(_take(len(rows)), change).rowcount != len(rows):
-        raise _over(rows, asked, times, [change[f"limit{number}"] for number in range(len(rows))])
+        raise _over(rows, asked, (least or times, times), [change[f"limit{number}"] for number in range(len(rows))])
     return rows
 
 
@@ -312,8 +319,12 @@ def _is_stale(row: Row, now: datetime, recount: Recount) -> bool:
     )
 
 
-def _over(rows: Sequence[Row], asked: Ask, times: int, limits: Sequence[int]) -> OverQuota:
-    """Return the refusal in the incumbent's words: which resources, and how much of them is used."""
+def _over(rows: Sequence[Row], asked: Ask, counts: tuple[int, int], limits: Sequence[int]) -> OverQuota:
+    """Return the refusal in the incumbent's words: which resources, and how much of them is used.
+
+    `counts` is how many times what is asked would do, and how many are wanted.
+    """
+    least, times = counts
     over: dict[str, tuple[int, int]] = {}
     room = times
     for row, limit in zip(rows, limits, strict=True):
@@ -326,7 +337,8 @@ def _over(rows: Sequence[Row], asked: Ask, times: int, limits: Sequence[int]) ->
     if names[0] in _TOO_MANY:
         return OverQuota("quota.over", _TOO_MANY[names[0]], resources=names, room=room)
     listed = ", ".join(names)
-    wanted = ", ".join(str(asked[name] * times) for name in names)
+    number = str(times) if least == times else f"{least}-{times}"
+    wanted = ", ".join(number if name == "instances" else str(asked[name] * times) for name in names)
     used_up = ", ".join(str(over[name][0]) for name in names)
     most = ", ".join(str(over[name][1]) for name in names)
     return OverQuota(
