@@ -20,7 +20,7 @@ import msgspec
 import structlog
 import uvloop
 
-from benchmarks import migration, rpc
+from benchmarks import migration, quota, rpc
 from benchmarks.client import CONNECTIONS
 from benchmarks.databases import DATABASES, DRIVERS, NoServer, open_places
 from benchmarks.operations import CELLS, HOSTS_PER_CELL, Operation, Place, open_operations, stage
@@ -202,7 +202,7 @@ def main() -> int:
 
 def _measured(
     kind: str, with_rpc: bool, with_migration: bool, rounds: int
-) -> tuple[Sequence[Row | rpc.Row | migration.Row], str]:
+) -> tuple[Sequence[Row | rpc.Row | migration.Row | quota.Row], str]:
     """Return what was measured, and the table with what is to be said of it. Raises: NoServer."""
     with (
         tempfile.TemporaryDirectory(prefix="cellway-bench-") as temporary,
@@ -218,7 +218,9 @@ def _measured(
             moved = runner.run(migration.measure(place("migration"), rounds))
             return moved, "\n".join((migration.table(moved), "", migration.how(moved, DATABASES[kind])))
         rows = runner.run(run(place("full"), place("accepting"), rounds))
-        return rows, "\n".join((table(rows), "", *verdicts(rows), "", _how(rows, kind)))
+        granted = runner.run(quota.measure(place("quota"), min(rounds, FEW_ROUNDS)))
+        text = (table(rows), "", quota.table(granted), "", *verdicts(rows), "", _how(rows, kind), quota.how(granted))
+        return [*rows, *granted], "\n".join(text)
 
 
 def _log_to(stream: TextIO) -> None:

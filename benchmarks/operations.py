@@ -97,10 +97,14 @@ async def stage(full: Place, accepting: Place) -> Mapping[str, Sample]:
     async with _deployed(full, limits=_STILL, builder=False) as running:
         show = await _sample(running, running.member, "GET", f"/servers/{server}")
         page = await _sample(running, running.member, "GET", f"/servers/detail?limit={SERVERS}")
+        project = running.identity.store.find_project_named("demo")
+        assert project is not None
+        quota = await _sample(running, running.member, "GET", f"/os-quota-sets/{project.id}")
+        detail = await _sample(running, running.member, "GET", f"/os-quota-sets/{project.id}/detail")
     async with _accepting(accepting, limits=_STILL) as running:
         await running.make_flavor("m1.tiny")
         create = await _sample(running, running.admin, "POST", "/servers", _NEW)
-    return {"show": show, "page": page, "create": create}
+    return {"show": show, "page": page, "create": create, "quota": quota, "detail": detail}
 
 
 @asynccontextmanager
@@ -181,6 +185,8 @@ async def open_operations(
         yield (
             Operation("show", 48, 4, nova_microseconds=15_600, **of_member(show)),
             Operation(f"list, {SERVERS} in detail", 4, 4, nova_microseconds=275_000, **of_member(page)),
+            Operation("quota show", 48, 2, **of_member(samples["quota"])),
+            Operation("quota show, detail", 48, 2, **of_member(samples["detail"])),
             Operation("create, accepted", 8, 4, **ways(create, accepting, accepting.admin, ports[1])),
             Operation("create, to ACTIVE", 8, 1, nova_microseconds=500_000, socket=build),
         )

@@ -98,6 +98,14 @@ _CANCEL = (
     .where(_CLAIM.instance_uuid == sa.bindparam("the_uuid"))
     .values(cancelled=True, updated_at=sa.bindparam("now"))
 )
+_UNFINISHED = sa.union(
+    sa.select(build_requests.c.instance_uuid).where(
+        build_requests.c.instance_uuid.in_(sa.bindparam("uuids", expanding=True))
+    ),
+    sa.select(delete_requests.c.instance_uuid).where(
+        delete_requests.c.instance_uuid.in_(sa.bindparam("uuids", expanding=True))
+    ),
+)
 _BUILDING = sa.select(_CLAIM.instance_uuid).where(_CLAIM.instance_uuid == sa.bindparam("the_uuid"))
 
 
@@ -222,6 +230,11 @@ def finish(tx: ApiTx, claim: BuildClaim) -> None:
 
 def _hosts(text: str | None) -> tuple[str, ...]:
     return msgspec.json.decode(text or "[]", type=tuple[str, ...])
+
+
+def list_unfinished(tx: ApiTx, uuids: Sequence[str]) -> set[str]:
+    """Return those of these instances that are still to be built, or to be deleted."""
+    return set(tx.execute(_UNFINISHED, {"uuids": list(uuids)}).scalars())
 
 
 # ---- deleting --------------------------------------------------------------------------------------------------

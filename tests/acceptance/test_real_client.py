@@ -14,6 +14,12 @@ def status_after(plane: Plane, server: str, old: str) -> str:
     return old
 
 
+def quotas_of(plane: Plane, *options: str) -> dict[str, int]:
+    """Return the limits that the member is shown, by the client's names."""
+    shown = plane.client(MEMBER, "quota", "show", "--compute", *options)
+    return {row["Resource"]: row["Limit"] for row in shown}
+
+
 class RealClient:
     """What users and admins do with the client. A subclass says over which `databases` the control plane runs."""
 
@@ -69,6 +75,48 @@ class RealClient:
         plane.client(MEMBER, "server", "create", "--flavor", flavor, "--image", "tiny", "--wait", "brief")
         plane.client(MEMBER, "server", "delete", "--wait", "brief", form="")
         assert "brief" not in [row["Name"] for row in plane.client(MEMBER, "server", "list")]
+
+    def test_quotas_are_shown_set_listed_and_deleted(self, plane: Plane) -> None:
+        """`quota set` of a project and of a class shows in `show`, `--default`, `--usage`, `list` and `limits show`."""
+        before = quotas_of(plane)
+        plane.client(ADMIN, "quota", "set", "--class", "--injected-files", "6", "default", form="")
+        plane.client(ADMIN, "quota", "set", "--cores", "77", "--properties", "99", "demo", form="")
+        expected = before | {"cores": 77, "properties": 99, "injected-files": 6}
+        assert quotas_of(plane) == expected
+        assert quotas_of(plane, "--default") == before | {"injected-files": 6}
+        usage = {row["Resource"]: row for row in plane.client(MEMBER, "quota", "show", "--usage", "--compute")}
+        assert {name: row["Limit"] for name, row in usage.items() if expected.get(name)} == {
+            name: limit for name, limit in expected.items() if limit
+        }
+        absolute = {row["Name"]: row["Value"] for row in plane.client(MEMBER, "limits", "show", "--absolute")}
+        assert (absolute["max_total_cores"], absolute["max_server_meta"]) == (77, 99)
+        assert usage["cores"]["In Use"] + usage["cores"]["Reserved"] == absolute["total_cores_used"]
+        assert [row["Cores"] for row in plane.client(ADMIN, "quota", "list", "--compute")] == [77]
+        plane.client(ADMIN, "quota", "delete", "--compute", "demo", form="")
+        assert plane.client(ADMIN, "quota", "list", "--compute") == []
+        assert quotas_of(plane) == before | {"injected-files": 6}
+        plane.client(ADMIN, "quota", "set", "--class", "--injected-files", "5", "default", form="")
+
+    def test_a_server_over_quota_is_refused(self, plane: Plane, server: str, flavor: str) -> None:
+        """`server create` ends with 1 and the numbers; a limit below what is used is refused without `--force`."""
+        absolute = {row["Name"]: row["Value"] for row in plane.client(MEMBER, "limits", "show", "--absolute")}
+        used = absolute["total_instances_used"]
+        assert used >= 1
+        plane.client(ADMIN, "quota", "set", "--instances", str(used), "demo", form="")
+        one = ("server", "create", "--flavor", flavor, "--image", "tiny", "--wait", "too-many")
+        refused = plane.run_client(MEMBER, *one)
+        assert refused.returncode == 1
+        assert refused.stderr.rstrip().endswith(
+            f"Quota exceeded for instances: Requested 1, but already used {used} of {used} instances"
+        )
+        assert "too-many" not in [row["Name"] for row in plane.client(MEMBER, "server", "list")]
+        below = plane.run_client(ADMIN, "quota", "set", "--instances", "0", "demo")
+        assert below.returncode == 1
+        assert f"must be greater than or equal to already used and reserved {used}." in below.stderr
+        plane.client(ADMIN, "quota", "set", "--force", "--instances", "0", "demo", form="")
+        assert quotas_of(plane)["instances"] == 0
+        plane.client(ADMIN, "quota", "delete", "--compute", "demo", form="")
+        assert plane.client(MEMBER, "server", "show", server)["status"] == "ACTIVE"
 
     def test_hypervisors_are_listed_and_shown(self, plane: Plane) -> None:
         """`hypervisor list` has every host of every cell, and `show` finds one by name."""

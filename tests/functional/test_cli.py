@@ -1,40 +1,19 @@
 """The operator's commands, run as `cellway …` over a data folder with two cells, without a process that serves it."""
 
 import asyncio
-import json
 import sqlite3
-from collections.abc import Callable, Iterator
 from contextlib import closing
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
-import structlog
 
 from cellway import __version__
-from cellway.cli.main import main
 from cellway.config import Config
 from cellway.context import SystemClock
 from cellway.ids import RandomIds
 from cellway.operations.embedded import DataFolder, Layout, prepare
-
-
-@dataclass(frozen=True)
-class Result:
-    """How a command ended, and what it printed."""
-
-    status: int
-    out: str
-    err: str
-
-    @property
-    def json(self) -> Any:
-        """Its stdout, decoded."""
-        return json.loads(self.out)
-
-
-Run = Callable[..., Result]
+from tests.commands import Result, Run
 
 
 @pytest.fixture
@@ -45,21 +24,6 @@ def data(tmp_path: Path) -> Path:
     layout = Layout(2, 1, __version__)
     asyncio.run(prepare(folder, folder.config(Config()), layout, clock=SystemClock(), ids=RandomIds()))
     return folder.path
-
-
-@pytest.fixture
-def run(data: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Iterator[Run]:
-    """Run a command on that folder."""
-    monkeypatch.setenv("CELLWAY_DATA", str(data))
-
-    def run(*arguments: str) -> Result:
-        with pytest.raises(SystemExit) as end:
-            main(list(arguments))
-        printed = capsys.readouterr()
-        return Result(int(end.value.code or 0), printed.out, printed.err)
-
-    yield run
-    structlog.reset_defaults()
 
 
 def test_cells_are_listed(run: Run) -> None:

@@ -451,15 +451,17 @@ async def test_a_usage_that_cannot_be_trusted_is_counted_first(
 async def test_a_usage_is_counted_anew_after_so_many_uses(api: Database[ApiTx]) -> None:
     """With `until_refresh` at 2 the third reservation waits for a count."""
     recount = Recount(after_uses=2)
+
+    def reserve(tx: ApiTx, charges: list[Charge]) -> None:
+        usage.reserve_servers(tx, charges, allowed(tx, "p1", "alice"), recount=recount)
+
     await api.write(usage.refresh, "p1", ["alice"], recount=recount)
 
-    def ask(tx: ApiTx) -> None:
-        usage.reserve_servers(tx, charges_of(1, "p1", "alice", 0, 1), allowed(tx, "p1", "alice"), recount=recount)
-
     for _ in range(2):
-        await api.write(ask)
+        one = charges_of(1, "p1", "alice", 0, 1)
+        await api.write(reserve, one)
     with pytest.raises(Uncounted):
-        await api.write(ask)
+        await api.write(reserve, charges_of(1, "p1", "alice", 0, 1))
 
 
 @pytest.mark.anyio

@@ -41,6 +41,7 @@ SERVER = {"server_id": "server"}
 FRESH = {"server_id": "fresh server"}
 FALLBACK = {"fresh server": "server", "fresh flavor": "flavor", "fresh group": "group"}
 FLAVOR = {"id": "flavor"}
+PROJECT = {"project": "project"}
 NEW_SERVER = {"name": "one", "flavorRef": "m1.tiny", "imageRef": TINY_IMAGE, "networks": "none"}
 NEW_FLAVOR = {"name": "{unique}", "ram": 1, "vcpus": 1, "disk": 1}
 NEW_GROUP = {"server_group": {"name": "{unique}", "policies": ["affinity"]}}
@@ -126,6 +127,17 @@ TABLE: dict[tuple[str, str, int, int | None], Row] = {
     ("POST", "/os-server-groups", 1, None): Row(200, 200, 403, 200, body=NEW_GROUP),
     ("GET", "/os-server-groups/{id}", 1, None): Row(200, 404, 200, 200, {"id": "group"}),
     ("DELETE", "/os-server-groups/{id}", 1, None): Row(204, 404, 403, 204, {"id": "fresh group"}),
+    ("GET", "/os-quota-sets/{project}", 1, None): Row(200, 403, 200, 200, PROJECT),
+    ("GET", "/os-quota-sets/{project}/detail", 1, None): Row(200, 403, 200, 200, PROJECT),
+    ("GET", "/os-quota-sets/{project}/defaults", 1, None): Row(200, 200, 200, 200, PROJECT),
+    ("PUT", "/os-quota-sets/{project}", 1, None): Row(
+        403, 403, 403, 200, PROJECT, {"quota_set": {"metadata_items": 128}}
+    ),
+    ("DELETE", "/os-quota-sets/{project}", 1, None): Row(403, 403, 403, 202, PROJECT),
+    ("GET", "/os-quota-class-sets/{name}", 1, None): Row(403, 403, 403, 200, {"name": "default"}),
+    ("PUT", "/os-quota-class-sets/{name}", 1, None): Row(
+        403, 403, 403, 200, {"name": "matrix"}, {"quota_class_set": {"cores": 1}}
+    ),
     ("GET", "/os-aggregates", 1, None): Row(403, 403, 403, 200),
     ("GET", "/os-aggregates/{id}", 1, None): Row(403, 403, 403, 404, {"id": "404"}),
 }
@@ -222,9 +234,9 @@ async def world(shared: Deployment, anyio_backend: str) -> AsyncIterator[World]:
         "server": server,
         "request": recorded[0]["request_id"],
         "flavor": "m1.tiny",
+        "project": project.id,
         "service": (await shared.admin.get("/os-services")).json["services"][0]["id"],
         "hypervisor": (await shared.admin.get("/os-hypervisors")).json["hypervisors"][0]["id"],
-        "project": project.id,
         "random": RANDOM,
     }
     world.known["group"] = await world.value("fresh group")

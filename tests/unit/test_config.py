@@ -5,7 +5,7 @@ import pickle
 import traceback
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -36,6 +36,9 @@ def sample(kind: object) -> tuple[str, Any]:
         return "7", 7
     if kind is float:
         return "7.5", 7.5
+    if get_origin(kind) is Literal:
+        # Not the first, which is the default.
+        return get_args(kind)[-1], get_args(kind)[-1]
     return ("text", "text") if kind is str else ("text", Secret("text"))
 
 
@@ -71,7 +74,8 @@ def test_every_option_is_read_from_the_file(tmp_path: Path, section: str, option
 def test_every_option_is_read_from_the_environment(tmp_path: Path, section: str, option: str, kind: object) -> None:
     """It wins over the file."""
     text, value = sample(kind)
-    path = write(tmp_path, f"[{section}]\n{option} = {'1' if kind in (int, float) else 'other'}\n")
+    other = get_args(kind)[0] if get_origin(kind) is Literal else "1" if kind in (int, float) else "other"
+    path = write(tmp_path, f"[{section}]\n{option} = {other}\n")
     config = load(path, {f"CELLWAY_{section}__{option}".upper(): text})
     assert getattr(getattr(config, section), option) == value
 
@@ -137,7 +141,8 @@ def test_nothing_is_suggested_when_nothing_is_near(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("section", "option", "kind"), NUMBERS)
 def test_a_number_must_be_one(tmp_path: Path, section: str, option: str, kind: object) -> None:
     """Anything else is refused, without showing what was written there."""
-    for text in ("hunter2", "", "1e", "nan", "inf", "-1", "1.5.1", *(["1.5"] if kind is int else [])):
+    too_little = "-2" if section == "quota" else "-1"
+    for text in ("hunter2", "", "1e", "nan", "inf", too_little, "1.5.1", *(["1.5"] if kind is int else [])):
         error = refusal(write(tmp_path, f"[{section}]\n{option} = {text}\n"))
         wanted = "a whole number" if kind is int else "a number"
         assert f"option {option} in [{section}] must be {wanted}" in error.message
@@ -148,6 +153,18 @@ def test_a_limit_is_above_nothing(tmp_path: Path) -> None:
     """No threads at all would serve nobody; elsewhere 0 has a meaning."""
     assert "above 0" in refusal(write(tmp_path, "[limits]\ndatabase_threads = 0\n")).message
     assert load(write(tmp_path, "[agent]\nfailure_rate = 0\nlatency_seconds = 0\n"), {}).agent.latency_seconds == 0
+
+
+def test_a_quota_may_be_none(tmp_path: Path) -> None:
+    """-1 is unlimited, and 0 is nothing at all."""
+    quota = load(write(tmp_path, "[quota]\ncores = -1\nram = 0\n"), {}).quota
+    assert (quota.cores, quota.ram) == (-1, 0)
+
+
+def test_one_of_several_words_is_asked_for(tmp_path: Path) -> None:
+    """Another is refused with those that there are, without showing what was written."""
+    error = refusal(write(tmp_path, "[quota]\nsilent_cells = hunter2\n"))
+    assert error.message == "option silent_cells in [quota] must be one of refuse, ignore"
 
 
 def test_a_missing_file_is_told(tmp_path: Path) -> None:
@@ -217,7 +234,8 @@ def test_a_secret_is_never_serialised() -> None:
 
 def test_a_configuration_shows_no_secret(tmp_path: Path) -> None:
     """Its repr may be logged."""
-    text = "".join(f"[{name}]\n{key} = hunter2\n" for name, key, kind in OPTIONS if kind not in (int, float, str))
+    secrets = [(name, key) for name, key, kind in OPTIONS if kind == Secret | None]
+    text = "".join(f"[{name}]\n{key} = hunter2\n" for name, key in secrets)
     config = load(write(tmp_path, text), {})
     assert "***" in repr(config)
     assert "hunter2" not in repr(config)

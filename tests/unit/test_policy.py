@@ -98,12 +98,13 @@ def test_every_default_rule_gives_every_persona_the_verdict_of_oslos_enforcer(tm
 
 
 def test_only_what_is_meant_for_anyone_is_open_to_a_user_without_a_role() -> None:
-    """Without a role one may see flavors, zones and one's limits, and keep one's own keypairs; nothing else."""
+    """Without a role one may see flavors, zones and limits, and keep one's own keypairs; nothing else."""
     policy = Policy.load(None)
     open_rules = {rule for rule in RULES if policy.allows(rule, PERSONAS["nobody"])}
     assert open_rules - {"admin_or_owner"} == {
         "os_compute_api:flavors",
         "os_compute_api:limits",
+        "os_compute_api:os-quota-sets:defaults",
         "os_compute_api:os-availability-zone:list",
         "os_compute_api:os-keypairs:index",
         "os_compute_api:os-keypairs:show",

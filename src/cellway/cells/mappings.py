@@ -220,6 +220,7 @@ _INSTANCES = sa.select(
     instance_mappings.c.queued_for_delete,
 )
 _INSTANCE = _INSTANCES.where(instance_mappings.c.instance_uuid == sa.bindparam("uuid"))
+_INSTANCES_OF = _INSTANCES.where(instance_mappings.c.instance_uuid.in_(sa.bindparam("uuids", expanding=True)))
 _COUNT_LIVE = sa.select(sa.func.count()).where(
     sa.not_(sa.func.coalesce(instance_mappings.c.queued_for_delete, sa.false()))
 )
@@ -252,6 +253,11 @@ def find_instance(tx: ApiTx, uuid: str) -> InstanceMapping | None:
     """Return where an instance is, or None when no instance of that uuid was ever accepted."""
     row = tx.execute(_INSTANCE, {"uuid": uuid}).one_or_none()
     return _instance(row) if row is not None else None
+
+
+def find_instances(tx: ApiTx, uuids: Sequence[str]) -> dict[str, InstanceMapping]:
+    """Return where these instances are, without those that have no mapping."""
+    return {row.instance_uuid: _instance(row) for row in tx.execute(_INSTANCES_OF, {"uuids": list(uuids)})}
 
 
 def create_instances(tx: ApiTx, uuids: Sequence[str], *, project_id: str, user_id: str) -> None:

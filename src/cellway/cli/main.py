@@ -35,6 +35,7 @@ COMMANDS = {
     "demo": "three cells, nine servers booted through the real client",
     "cell": "list, show, create, update and delete cells",
     "host": "list hosts and map new ones",
+    "quota": "show, set, count and verify what projects may have, and have",
     "db": "make and upgrade schemas, and move data out of the cells",
 }
 """Command or group, each in the module of its name, with its line in the help."""

@@ -221,7 +221,7 @@ class ComputeApi:
                 _check_group(tx, new.group, context.user_id, found.user["server_group_members"])
             return found
 
-        usage.reserve_servers(tx, charges, allowed, recount=self._quotas.recount)
+        usage.reserve_servers(tx, charges, allowed, least=new.least, recount=self._quotas.recount)
         return made
 
     def zones(self) -> dict[str, bool]:

@@ -25,7 +25,7 @@ from cellway.instances import reading
 from cellway.instances.reading import Size
 from cellway.quota import legacy, limits, usage
 from cellway.quota.legacy import Kind, Owner
-from cellway.quota.limits import Allowed, Level, Older
+from cellway.quota.limits import Allowed, Level, Older, Source
 from cellway.quota.usage import COUNTED, SERVER, Charge, Recount, Uncounted, Usage
 
 P = ParamSpec("P")
@@ -157,9 +157,10 @@ class Quotas:
         owners: dict[Level, tuple[Kind, Owner]] = {
             Level.USER: (Kind.USER, (project_id, user_id)),
             Level.PROJECT: (Kind.PROJECT, project_id),
-            Level.CLASS: (Kind.CLASS, class_name),
             Level.DEFAULT: (Kind.CLASS, limits.DEFAULT_CLASS),
         }
+        if class_name != limits.DEFAULT_CLASS:
+            owners[Level.CLASS] = Kind.CLASS, class_name
         wanted = {
             level: owner
             for level, owner in owners.items()
@@ -216,7 +217,8 @@ class Quotas:
                 None, self._set, project_id, user_id, wanted, older, force=force
             )
 
-        return await self.decide(context, (project_id, user_id or ""), tuple(wanted), write)
+        # Of every resource, since all of them are returned.
+        return await self.decide(context, (project_id, user_id or ""), limits.RESOURCES, write)
 
     def _set(
         self, tx: ApiTx, project_id: str, user_id: str | None, wanted: Mapping[str, int], older: Older, *, force: bool
@@ -236,6 +238,9 @@ class Quotas:
         self, tx: ApiTx, project_id: str, user_id: str | None, wanted: Mapping[str, int], allowed: Allowed
     ) -> None:
         used = usage.find(tx, project_id, user_id or "")
+        uncounted = {resource for resource in wanted if resource in COUNTED and resource != "key_pairs"} - used.keys()
+        if uncounted:
+            raise Uncounted(project_id, user_id or "", uncounted, first=True)
         given = limits.given_to_users(tx, project_id, but=user_id)
         for resource, limit in sorted(wanted.items()):
             least = used.get(resource, Usage()).total
@@ -269,15 +274,47 @@ class Quotas:
     async def class_limits(self, context: RequestContext, class_name: str = limits.DEFAULT_CLASS) -> dict[str, int]:
         """Return the limits of a quota class: its own, else those of the class `default`, else the configured."""
         older = await self.find_older(context, "", "", class_name=class_name)
-        found = await self._cells.databases.on(API).read(limits.find, "", "", class_name=class_name, older=older)
-        return limits.resolve(found, self.defaults, up_to=Level.CLASS)
+        return await self._cells.databases.on(API).read(self._class_limits, class_name, older)
+
+    async def delete_class_limits(self, class_name: str) -> None:
+        """Remove the limits of a quota class. No cell needs to answer."""
+        await self._cells.databases.on(API).write_once(None, limits.delete_class, class_name)
+
+    async def explain(
+        self,
+        context: RequestContext,
+        project_id: str,
+        user_id: str,
+        class_name: str = limits.DEFAULT_CLASS,
+        *,
+        up_to: Level,
+    ) -> dict[str, Source]:
+        """Return the limits in force and where each was found, of every resource, looking at no level above `up_to`."""
+        older = await self.find_older(context, project_id, user_id, class_name=class_name)
+
+        def look(tx: ApiTx) -> dict[str, Source]:
+            known = limits.find(tx, project_id, user_id, class_name=class_name)
+            found = limits.find(tx, project_id, user_id, class_name=class_name, older=older)
+            return limits.explain(found, known, self.defaults, up_to=up_to)
+
+        return await self._cells.databases.on(API).read(look)
 
     async def set_class_limits(
         self, context: RequestContext, class_name: str, wanted: Mapping[str, int]
     ) -> dict[str, int]:
         """Set limits of a quota class, all or none; return what is in force then. Raises: Invalid."""
-        await self._cells.databases.on(API).write_once(None, limits.set_class, class_name, wanted)
-        return await self.class_limits(context, class_name)
+        # First: once the limits are set, nothing may fail any more.
+        older = await self.find_older(context, "", "", class_name=class_name)
+
+        def change(tx: ApiTx) -> dict[str, int]:
+            limits.set_class(tx, class_name, wanted)
+            return self._class_limits(tx, class_name, older)
+
+        return await self._cells.databases.on(API).write_once(None, change)
+
+    def _class_limits(self, tx: ApiTx, class_name: str, older: Older) -> dict[str, int]:
+        found = limits.find(tx, "", "", class_name=class_name, older=older)
+        return limits.resolve(found, self.defaults, up_to=Level.CLASS)
 
     # ---- usage
 
@@ -293,11 +330,22 @@ class Quotas:
         raise _unsettled(project_id)
 
     async def refresh(self, context: RequestContext, project_id: str, user_id: str | None = None) -> list[str]:
-        """Count a project anew, or one user in it; return the cells that were needed for it and did not answer."""
+        """Count a project anew, or one user in it; return the cells that were needed for it and did not answer.
+
+        Without them a first count is left to whoever needs it, and is decided there.
+        """
         silent = await self._charge_found(context, project_id)
         api = self._cells.databases.on(API)
+        if silent and self._refuses:
+            await api.write(usage.refresh_counted, project_id, recount=self.recount)
+            return silent
         await api.write(usage.refresh, project_id, None if user_id is None else [user_id], recount=self.recount)
         return silent
+
+    async def refresh_own(self, user_id: str) -> None:
+        """Count anew what is a user's alone."""
+        own = Uncounted("", user_id, ["key_pairs"], first=False)
+        await self._cells.databases.on(API).write(_refresh, own, self.recount)
 
     async def _count(self, context: RequestContext, missing: Uncounted) -> None:
         """Count what a decision found uncounted. Raises: Unavailable."""

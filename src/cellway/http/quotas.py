@@ -5,6 +5,7 @@ the microversion: those of the network service until 2.35, injected files until 
 2.50. Seed 003.
 """
 
+import re
 from collections.abc import Iterable, Mapping
 from typing import Annotated, Any
 
@@ -12,7 +13,7 @@ import msgspec
 
 from cellway.errors import Invalid
 from cellway.http.routes import Route
-from cellway.http.wire import Answer, Body, Call, answer
+from cellway.http.wire import Answer, Body, Call, answer, boolean
 from cellway.quota.limits import MOST, NETWORK, RESOURCES
 from cellway.quota.usage import Usage
 
@@ -34,31 +35,27 @@ def _shown_of_class(call: Call) -> list[str]:
 
 # ---- bodies ----------------------------------------------------------------------------------------------------
 
-_Limit = Annotated[int, msgspec.Meta(ge=-1, le=MOST)] | Annotated[str, msgspec.Meta(pattern=r"^-?[0-9]{1,10}\Z")]
+_Number = Annotated[int, msgspec.Meta(ge=-1, le=MOST)]
+_Word = Annotated[str, msgspec.Meta(max_length=_NAME_MOST)]
+_IS_NUMBER = re.compile(r"-?[0-9]{1,10}")
 
 
 class _QuotaSet(Body, frozen=True):
-    quota_set: dict[str, _Limit | bool]
+    quota_set: dict[str, _Number | _Word | bool]
 
 
 class _QuotaClassSet(Body, frozen=True):
-    quota_class_set: dict[str, _Limit]
+    quota_class_set: dict[str, _Number | _Word]
 
 
 def _limits(given: Mapping[str, int | str | bool], known: Iterable[str]) -> dict[str, int]:
-    """Return the limits in a body. Raises: Invalid."""
+    """Return the limits in a body, where a number may be written as text. Raises: Invalid."""
     wanted: dict[str, int] = {}
     for resource, limit in given.items():
-        if resource not in known or isinstance(limit, bool):
+        if resource not in known or isinstance(limit, bool) or not _IS_NUMBER.fullmatch(str(limit)):
             raise Invalid("request.invalid", f"Invalid input: {resource} has no limit here, or not this one")
         wanted[resource] = int(limit)
     return wanted
-
-
-def _is_forced(word: int | str | bool) -> bool:
-    if isinstance(word, bool):
-        return word
-    raise Invalid("request.invalid", "Invalid input: force must be a boolean")
 
 
 # ---- handlers --------------------------------------------------------------------------------------------------
@@ -114,7 +111,7 @@ async def update(call: Call) -> Answer:
     """Set limits of a project, or of a user in it: all that are given, or none."""
     project, user = await _project(call), _user(call)
     given = dict(call.decode(_QuotaSet).quota_set)
-    force = _is_forced(given.pop("force", False))
+    force = boolean(str(given.pop("force", False)), "force")
     wanted = _limits(given, _shown(call))
     allowed = await call.services.quotas.set_limits(call.context, project, user, wanted, force=force)
     return _answer(call, None, allowed.user)

@@ -6,7 +6,7 @@ was found there (`legacy`) is passed in as `older`: a limit of the API database 
 """
 
 import enum
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -62,6 +62,15 @@ class Allowed:
 
     project: Mapping[str, int]
     user: Mapping[str, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """A limit in force, the level that it was found on, and whether it still lies in a cell."""
+
+    limit: int
+    level: Level
+    in_cell: bool = False
 
 
 def defaults_of(section: QuotaSection) -> dict[str, int]:
@@ -140,6 +149,21 @@ def resolve(found: Mapping[tuple[Level, str], int], defaults: Mapping[str, int],
         if level <= up_to and resource in limits:
             limits[resource] = found[level, resource]
     return limits
+
+
+def explain(
+    found: Mapping[tuple[Level, str], int],
+    known: Collection[tuple[Level, str]],
+    defaults: Mapping[str, int],
+    *,
+    up_to: Level,
+) -> dict[str, Source]:
+    """Return the same as `resolve`, with where each limit stands; what is not among the `known` stands in a cell."""
+    sources = {resource: Source(limit, Level.CONFIGURATION) for resource, limit in defaults.items()}
+    for level, resource in sorted(found):
+        if level <= up_to and resource in sources:
+            sources[resource] = Source(found[level, resource], level, in_cell=(level, resource) not in known)
+    return sources
 
 
 def allowed(

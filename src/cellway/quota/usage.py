@@ -29,6 +29,11 @@ _FAMILIES: Final = (SERVER, ("server_groups",), ("key_pairs",))
 COUNTED: Final = tuple(resource for family in _FAMILIES for resource in family)
 """The resources that have a usage."""
 _PROJECT: Final = ""
+_TOO_MANY: Final = {
+    "key_pairs": "Quota exceeded, too many key pairs.",
+    "server_groups": "Quota exceeded, too many server groups.",
+}
+"""What the incumbent says without numbers."""
 
 Key = tuple[str, str, str]
 """Project, user and resource of a usage: no user in a project's own, no project in what is a user's alone."""
@@ -121,6 +126,21 @@ _EXPIRED = (
 _CHARGE_OF = sa.select(_C.instance_uuid, _C.project_id, _C.user_id, _C.cores, _C.ram, _C.instances).where(
     _C.instance_uuid == sa.bindparam("the_uuid")
 )
+_CHARGES = (
+    sa.select(_C.id, _C.instance_uuid, _C.project_id, _C.user_id, _C.cores, _C.ram, _C.instances)
+    .where(_C.id > sa.bindparam("after"))
+    .order_by(_C.id)
+    .limit(sa.bindparam("most"))
+)
+_CHARGES_IN = _CHARGES.where(_C.project_id == sa.bindparam("the_project"))
+_CHARGES_OF = sa.select(_C.instance_uuid, _C.project_id, _C.user_id, _C.cores, _C.ram, _C.instances).where(
+    _C.instance_uuid.in_(sa.bindparam("the_uuids", expanding=True))
+)
+_RECHARGE = (
+    sa.update(server_charges)
+    .where(_C.instance_uuid == sa.bindparam("the_uuid"), _C.instances > 0)
+    .values(cores=sa.bindparam("the_cores"), ram=sa.bindparam("the_ram"))
+)
 _UNCHARGE = sa.delete(server_charges).where(_C.instance_uuid == sa.bindparam("the_uuid"))
 _CHARGE_NOTHING = (
     sa.update(server_charges)
@@ -189,14 +209,20 @@ def reserve(
 
 
 def reserve_servers(
-    tx: ApiTx, charges: Sequence[Charge], allowed: Callable[[], Allowed], *, recount: Recount = NEVER
+    tx: ApiTx,
+    charges: Sequence[Charge],
+    allowed: Callable[[], Allowed],
+    *,
+    least: int | None = None,
+    recount: Recount = NEVER,
 ) -> None:
     """Reserve for equal servers, all or none, and charge them. Each reservation's uuid is its server's.
 
-    Raises: OverQuota, whose field `room` says how many of them there is room for; Uncounted.
+    `least` is how many would do; only a refusal says so. Raises: OverQuota, whose field `room` says how many of them
+    there is room for; Uncounted.
     """
     one = charges[0]
-    rows = _grant(tx, one.project_id, one.user_id, one.taken, len(charges), allowed, recount)
+    rows = _grant(tx, one.project_id, one.user_id, one.taken, len(charges), allowed, recount, least)
     _note(tx, [charge.instance_uuid for charge in charges], one.project_id, one.taken, rows, None)
     write_charges(tx, charges)
 
@@ -222,6 +248,7 @@ def _grant(
     times: int,
     allowed: Callable[[], Allowed],
     recount: Recount,
+    least: int | None = None,
 ) -> list[Row]:
     """Add what is asked, so many times, to what is reserved; return the usage rows as they were before."""
     lock(tx, project_id, user_id, asked)
@@ -238,7 +265,7 @@ def _grant(
         change[f"more{number}"] = max(0, asked[row.resource] * times)
         change[f"limit{number}"] = MOST if limit < 0 or asked[row.resource] <= 0 else limit
     if tx.execute(_take(len(rows)), change).rowcount != len(rows):
-        raise _over(rows, asked, times, [change[f"limit{number}"] for number in range(len(rows))])
+        raise _over(rows, asked, (least or times, times), [change[f"limit{number}"] for number in range(len(rows))])
     return rows
 
 
@@ -292,8 +319,12 @@ def _is_stale(row: Row, now: datetime, recount: Recount) -> bool:
     )
 
 
-def _over(rows: Sequence[Row], asked: Ask, times: int, limits: Sequence[int]) -> OverQuota:
-    """Return the refusal in the incumbent's words: which resources, and how much of them is used."""
+def _over(rows: Sequence[Row], asked: Ask, counts: tuple[int, int], limits: Sequence[int]) -> OverQuota:
+    """Return the refusal in the incumbent's words: which resources, and how much of them is used.
+
+    `counts` is how many times what is asked would do, and how many are wanted.
+    """
+    least, times = counts
     over: dict[str, tuple[int, int]] = {}
     room = times
     for row, limit in zip(rows, limits, strict=True):
@@ -303,8 +334,11 @@ def _over(rows: Sequence[Row], asked: Ask, times: int, limits: Sequence[int]) ->
             over[row.resource] = used, limit
             room = min(room, max(0, (limit - used) // more))
     names = sorted(over)
+    if names[0] in _TOO_MANY:
+        return OverQuota("quota.over", _TOO_MANY[names[0]], resources=names, room=room)
     listed = ", ".join(names)
-    wanted = ", ".join(str(asked[name] * times) for name in names)
+    number = str(times) if least == times else f"{least}-{times}"
+    wanted = ", ".join(number if name == "instances" else str(asked[name] * times) for name in names)
     used_up = ", ".join(str(over[name][0]) for name in names)
     most = ", ".join(str(over[name][1]) for name in names)
     return OverQuota(
@@ -406,6 +440,28 @@ def _charge_row(charge: Charge, now: datetime) -> dict[str, Any]:
     }
 
 
+def list_charges(tx: ApiTx, project_id: str | None, *, after: int, most: int) -> list[tuple[int, Charge]]:
+    """Return a page of the charges of a project, or of all, each with its id; the next begins `after` the last id."""
+    wanted = {"after": after, "most": most}
+    rows = (
+        tx.execute(_CHARGES, wanted)
+        if project_id is None
+        else tx.execute(_CHARGES_IN, {**wanted, "the_project": project_id})
+    )
+    return [(number, Charge(*values)) for number, *values in rows]
+
+
+def find_charges(tx: ApiTx, uuids: Collection[str]) -> dict[str, Charge]:
+    """Return what these servers are charged, without those that are not."""
+    return {row[0]: Charge(*row) for row in tx.execute(_CHARGES_OF, {"the_uuids": list(uuids)})}
+
+
+def recharge(tx: ApiTx, charge: Charge) -> None:
+    """Correct what a server is charged, unless it is charged nothing any more. Count its project anew afterwards."""
+    _lock_or_make(tx, charge.project_id, _PROJECT, SERVER)
+    tx.execute(_RECHARGE, {"the_uuid": charge.instance_uuid, "the_cores": charge.cores, "the_ram": charge.ram})
+
+
 def refund(tx: ApiTx, instance_uuid: str, *, keep: bool = False) -> bool:
     """Give back what a server takes, once; tell whether it took anything.
 
@@ -457,18 +513,18 @@ _STILL_LIVE = (
 
 
 def adopt(tx: ApiTx, project_id: str, charges: Sequence[Charge], *, recount: Recount) -> None:
-    """Charge servers of a project that were found in cells without a charge, and count the project anew.
+    """Charge servers of a project that were found in cells without a charge, and count anew what was counted before.
 
-    Those whose deletion was accepted meanwhile are left out.
+    Those whose deletion was accepted meanwhile are left out. A first count is the caller's: only it knows whether more
+    cells are still to be asked.
     """
     # Locked: a deletion that is accepted later comes to its refund later.
     live = set(tx.execute(_STILL_LIVE, {"the_uuids": [one.instance_uuid for one in charges]}).scalars())
-    users = set[str]()
     _lock_or_make(tx, project_id, _PROJECT, SERVER)
     for one in charges:
-        if one.instance_uuid in live and insert_if_absent(tx, server_charges, _charge_row(one, tx.now)):
-            users.add(one.user_id)
-    refresh(tx, project_id, users, recount=recount)
+        if one.instance_uuid in live:
+            insert_if_absent(tx, server_charges, _charge_row(one, tx.now))
+    refresh_counted(tx, project_id, recount=recount)
 
 
 def list_uncharged(tx: ApiTx, cell_ids: Collection[int], project_id: str | None, *, after: int, most: int) -> list[Row]:
@@ -518,6 +574,9 @@ _USERS = sa.select(_U.user_id).where(_U.project_id == sa.bindparam("the_project"
 _PROJECTS = sa.union(
     sa.select(_U.project_id).where(_U.project_id != ""), sa.select(_C.project_id), sa.select(_R.project_id)
 )
+_LIST_OF = sa.select(_U.user_id, _U.resource, _U.in_use, _U.reserved).where(
+    _U.project_id == sa.bindparam("the_project"), sa.or_(_U.until_refresh.is_(None), _U.until_refresh > 0)
+)
 Count = dict[tuple[str, str], Usage]
 """Usages by user ('' for the project) and resource."""
 
@@ -561,6 +620,15 @@ def refresh(
         for resource in SERVER
     }  # fmt: skip
     _write(tx, project_id, wanted, recount)
+
+
+def refresh_counted(tx: ApiTx, project_id: str, *, recount: Recount = NEVER) -> None:
+    """Do the same for the usages that were counted before, and leave the others to their first count."""
+    _lock_or_make(tx, project_id, _PROJECT, SERVER)
+    counted = count(tx, project_id)
+    known = [key for key in list_of(tx, project_id) if key[1] in SERVER]
+    if known:
+        _write(tx, project_id, {key: counted.get(key, Usage()) for key in known}, recount)
 
 
 def refresh_other(
@@ -633,6 +701,9 @@ def list_projects(tx: ApiTx) -> list[str]:
 
 
 def list_of(tx: ApiTx, project_id: str) -> Count:
-    """Return every usage of a project's servers as it stands."""
-    rows = tx.execute(sa.select(_U.user_id, _U.resource, _U.in_use, _U.reserved).where(_U.project_id == project_id))
-    return {(row.user_id, row.resource): Usage(row.in_use, row.reserved) for row in rows if row.resource in SERVER}
+    """Return every usage of a project as it stands, but for those that are counted anew before they are used.
+
+    Without a project these are the users' own.
+    """
+    rows = tx.execute(_LIST_OF, {"the_project": project_id})
+    return {(row.user_id, row.resource): Usage(row.in_use, row.reserved) for row in rows}
