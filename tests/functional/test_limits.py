@@ -17,6 +17,7 @@ import sqlalchemy as sa
 from cellway.app import Application, open_application
 from cellway.cells import mappings
 from cellway.cells.registry import Cell
+from cellway.compute.audit import Audit, Report
 from cellway.config import QuotaSection, Secret
 from cellway.context import service_context
 from cellway.db.api_tables import (
@@ -462,3 +463,45 @@ async def test_burying_and_deleting_give_back_once(adopted: Deployment) -> None:
             assert set((await servers_of(one, project, user)).values()) == {Usage()}
             assert set((await servers_of(one, project)).values()) == {Usage()}
             await one.app.quotas.refresh(CONTEXT, project)
+
+
+# ---- verifying ---------------------------------------------------------------------------------------------------
+
+
+async def test_nothing_seems_wrong_while_servers_come_and_go(tmp_path: Path, databases: Urls) -> None:
+    """Verifying and counting anew again and again, while others create, bury and delete, finds and makes no drift."""
+    async with open_deployment(
+        tmp_path / "data", hosts_per_cell=1, databases=databases, quota=SECTION
+    ) as running, process(running) as one:  # fmt: skip
+        await running.make_flavor()
+        await running.make_flavor("m1.huge", vcpus=10_000, ram=1)
+        body = {"quota_set": {"cores": -1}}
+        project, _ = owner_of(running, "demo")
+        assert (await running.admin.put(f"/os-quota-sets/{project}", body)).status == 200
+        audit = Audit(one.app.cells, one.app.quotas)
+        over = asyncio.Event()
+        rounds = 0
+
+        async def verify() -> None:
+            nonlocal rounds
+            while not over.is_set():
+                assert await audit.verify(CONTEXT) == Report((), ())
+                await audit.refresh(CONTEXT, *([project] if rounds % 2 else []))
+                rounds += 1
+
+        async def use(number: int) -> None:
+            for turn in range(4):
+                server = await running.boot(f"s{number}-{turn}", flavor="m1.huge" if turn == 2 else "m1.tiny")
+                if turn:
+                    await running.until_status(server, "ERROR" if turn == 2 else "ACTIVE")
+                assert (await running.member.delete(f"/servers/{server}")).status == 204
+                await running.until_gone(server)
+
+        verifying = asyncio.create_task(verify())
+        await asyncio.gather(*map(use, range(4)))
+        over.set()
+        await verifying
+        assert rounds > 1
+        await running.until(partial(at_rest, running))
+        assert set((await servers_of(one, project)).values()) == {Usage()}
+        assert not await running.in_api(lambda tx: list(tx.execute(sa.select(server_charges.c.id))))
