@@ -21,7 +21,7 @@ KEY = "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIO6GvGmyMHkN4jhGqfHsUCbEf0mGfnsdGUJYk
 
 @pytest.fixture
 def data(tmp_path: Path) -> Path:
-    """A data folder: three built servers in two projects, a keypair, and one server that was never given a host."""
+    """A data folder: three built servers in two projects, a keypair, a group, and one server without a host."""
     path = tmp_path / "data"
     asyncio.run(furnish(path))
     return path
@@ -35,6 +35,8 @@ async def furnish(path: Path) -> None:
         other = await running.add_user("other", "other", "member")
         answer = await other.post("/os-keypairs", {"keypair": {"name": "k", "public_key": KEY}})
         assert answer.status == 201
+        group = {"name": "g", "policies": ["affinity"]}
+        assert (await running.member.post("/os-server-groups", {"server_group": group})).status == 200
         made = [
             (await running.boot("a"), running.member, "ACTIVE"),
             (await running.boot("b"), running.member, "ACTIVE"),
@@ -137,7 +139,7 @@ def test_usage_and_headroom_are_shown(run: Run, data: Path) -> None:
     assert shown["ram"] == (-1, 1024, 0, None)
     users = run("quota", "usage", project, "--user", user, "-f", "json").json["items"]
     assert {item["resource"]: item["in_use"] for item in users if item["in_use"]} == {
-        "instances": 2, "cores": 2, "ram": 1024,
+        "instances": 2, "cores": 2, "ram": 1024, "server_groups": 1,
     }  # fmt: skip
     assert run("quota", "usage", project).out.splitlines()[0].split() == [
         "RESOURCE", "LIMIT", "IN", "USE", "RESERVED", "HEADROOM",
@@ -187,6 +189,12 @@ def spoil_usage(data: Path) -> list[tuple[str, str, dict[str, int], dict[str, in
     ]
 
 
+def spoil_groups(data: Path) -> list[tuple[str, str, dict[str, int], dict[str, int]]]:
+    """Change how many server groups a project and a user are said to have."""
+    change(data, "api", sa.update(quota_usages).where(quota_usages.c.resource == "server_groups").values(in_use=3))
+    return [("usage", "server_groups", {"in_use": 3, "reserved": 0}, {"in_use": 1, "reserved": 0})] * 2
+
+
 def forget_charge(data: Path) -> list[tuple[str, str, dict[str, int], dict[str, int]]]:
     """Remove a charge, as if its server had come from elsewhere; its usage then is wrong too."""
     _, uuid = in_cell(data)
@@ -226,7 +234,9 @@ def lose_mapping_and_server(data: Path) -> list[tuple[str, str, dict[str, int], 
     return [(kind, uuid, numbers[0], numbers[1])]
 
 
-@pytest.mark.parametrize("spoil", [spoil_usage, forget_charge, forget_server, grow_server, lose_mapping_and_server])
+@pytest.mark.parametrize(
+    "spoil", [spoil_usage, spoil_groups, forget_charge, forget_server, grow_server, lose_mapping_and_server]
+)
 def test_verify_finds_each_kind_of_drift_and_refresh_mends_it(
     run: Run, data: Path, spoil: Callable[[Path], list[Any]]
 ) -> None:

@@ -13,7 +13,7 @@ from typing import Final
 
 import msgspec
 
-from cellway import builds, keypairs
+from cellway import builds, keypairs, server_groups
 from cellway.cells import mappings
 from cellway.cells.registry import Cell, Cells
 from cellway.cells.scatter import Answered, gather
@@ -35,7 +35,7 @@ class Kind(enum.StrEnum):
     """What is wrong."""
 
     USAGE = "usage"
-    """A usage is not what its project's charges and reservations add up to, or a user's keypairs."""
+    """A usage is not what its project's charges and reservations add up to, nor the server groups or keypairs."""
     UNCHARGED = "uncharged"
     """A live server, or an unfinished build, takes nothing from anybody."""
     NO_SERVER = "no server"
@@ -232,15 +232,18 @@ def _numbers(used: Usage) -> dict[str, int]:
 
 def _wrong_usages(tx: ApiTx, project_id: str) -> list[Drift]:
     counted = usage.count(tx, project_id)
-    return [
-        Drift(Kind.USAGE, project_id, user, resource, _numbers(stored), _numbers(right))
-        for (user, resource), stored in sorted(usage.list_of(tx, project_id).items())
-        if resource in SERVER and stored != (right := counted.get((user, resource), Usage()))
-    ]
+    found = []
+    for (user, resource), stored in sorted(usage.list_of(tx, project_id).items()):
+        right = counted.get((user, resource), Usage())
+        if resource == "server_groups":
+            right = Usage(server_groups.count_groups(tx, project_id, user or None))
+        if stored != right:
+            found.append(Drift(Kind.USAGE, project_id, user, resource, _numbers(stored), _numbers(right)))
+    return found
 
 
 def _wrong_usages_at_rest(tx: ApiTx, project_id: str) -> list[Drift]:
-    usage.lock(tx, project_id, "", SERVER)
+    usage.lock(tx, project_id, "", [*SERVER, "server_groups"])
     return _wrong_usages(tx, project_id)
 
 

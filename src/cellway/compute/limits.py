@@ -7,6 +7,7 @@ not answer takes nothing from a usage. The HTTP shell, `compute/api.py` and the 
 """
 
 from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping
+from functools import partial
 from typing import Concatenate, Final, ParamSpec, TypeVar
 
 import structlog
@@ -340,6 +341,7 @@ class Quotas:
             await api.write(usage.refresh_counted, project_id, recount=self.recount)
             return silent
         await api.write(usage.refresh, project_id, None if user_id is None else [user_id], recount=self.recount)
+        await api.write(_refresh_groups, project_id)
         return silent
 
     async def refresh_own(self, user_id: str) -> None:
@@ -474,7 +476,14 @@ def _refresh(tx: ApiTx, missing: Uncounted, recount: Recount) -> None:
     if "key_pairs" in missing.resources:
         usage.refresh_other(tx, project, user, "key_pairs", lambda: {user: keypairs.count(tx, user)})
     if "server_groups" in missing.resources:
-        usage.refresh_other(tx, project, user, "server_groups", lambda: _count_groups(tx, project, user))
+        usage.refresh_other(tx, project, user, "server_groups", partial(_count_groups, tx, project, user))
+
+
+def _refresh_groups(tx: ApiTx, project_id: str) -> None:
+    """Count anew the server groups of a project, and of those users whose groups were counted before."""
+    users = {user for user, resource in usage.list_of(tx, project_id) if resource == "server_groups"}
+    for user in sorted(users - {""}):
+        usage.refresh_other(tx, project_id, user, "server_groups", partial(_count_groups, tx, project_id, user))
 
 
 def _count_groups(tx: ApiTx, project_id: str, user_id: str) -> dict[str, int]:
