@@ -8,12 +8,13 @@ was found there (`legacy`) is passed in as `older`: a limit of the API database 
 import enum
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Final
 
 import sqlalchemy as sa
 
 from cellway.config import QuotaSection
 from cellway.db.api_tables import project_user_quotas, quota_classes, quotas
+from cellway.db.prepared import Prepared
 from cellway.db.transaction import ApiTx, insert_if_absent
 from cellway.errors import Invalid
 from cellway.quota import legacy
@@ -97,16 +98,18 @@ _CLASSES = sa.select(
     sa.case((quota_classes.c.class_name == DEFAULT_CLASS, int(Level.DEFAULT)), else_=int(Level.CLASS)).label("level"),
     quota_classes.c.resource,
     quota_classes.c.hard_limit,
-).where(quota_classes.c.class_name.in_([DEFAULT_CLASS, sa.bindparam("the_class")]))
-_FIND: sa.CompoundSelect[Any] = sa.union_all(
-    _level(
-        Level.USER,
-        project_user_quotas,
-        project_user_quotas.c.project_id == sa.bindparam("the_project"),
-        project_user_quotas.c.user_id == sa.bindparam("the_user"),
-    ),
-    _level(Level.PROJECT, quotas, quotas.c.project_id == sa.bindparam("the_project")),
-    _CLASSES,
+).where(sa.or_(quota_classes.c.class_name == DEFAULT_CLASS, quota_classes.c.class_name == sa.bindparam("the_class")))
+_FIND = Prepared(
+    sa.union_all(
+        _level(
+            Level.USER,
+            project_user_quotas,
+            project_user_quotas.c.project_id == sa.bindparam("the_project"),
+            project_user_quotas.c.user_id == sa.bindparam("the_user"),
+        ),
+        _level(Level.PROJECT, quotas, quotas.c.project_id == sa.bindparam("the_project")),
+        _CLASSES,
+    )
 )
 _GIVEN = (
     sa.select(project_user_quotas.c.resource, sa.func.sum(project_user_quotas.c.hard_limit))
@@ -125,7 +128,7 @@ def find(
     """Return every limit that was set for them, by level and resource."""
     found = _valid(tx, older, project_id, user_id, class_name) if older else {}
     wanted = {"the_project": project_id, "the_user": user_id, "the_class": class_name}
-    for level, resource, limit in tx.execute(_FIND, wanted):
+    for level, resource, limit in _FIND.rows(tx, wanted):
         found[Level(level), resource] = UNLIMITED if limit is None else limit
     return found
 

@@ -14,11 +14,12 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from functools import cache
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import sqlalchemy as sa
 
 from cellway.db.api_tables import instance_mappings, quota_usages, reservations, server_charges
+from cellway.db.prepared import Prepared
 from cellway.db.transaction import ApiTx, Row, insert_if_absent, insert_many_if_absent
 from cellway.errors import CellwayError, OverQuota
 from cellway.quota.limits import MOST, Allowed
@@ -92,15 +93,33 @@ class Recount:
 
 NEVER: Final = Recount()
 
+
+class _Row(NamedTuple):
+    """A usage as it stands."""
+
+    id: int
+    user_id: str
+    resource: str
+    in_use: int
+    reserved: int
+    until_refresh: int | None
+    updated_at: datetime | None
+
+
+class _Pending(NamedTuple):
+    """What a reservation holds of one usage."""
+
+    usage_id: int
+    project_id: str
+    user_id: str
+    resource: str
+    delta: int
+
+
 _U = quota_usages.c
 _R = reservations.c
 _C = server_charges.c
-_OF = sa.and_(
-    _U.project_id == sa.bindparam("the_project"),
-    _U.user_id.in_(["", sa.bindparam("the_user")]),
-    _U.resource.in_(sa.bindparam("the_resources", expanding=True)),
-)
-_GATE = (
+_GATE = Prepared(
     sa.select(_U.id)
     .where(
         _U.project_id == sa.bindparam("the_project"),
@@ -109,11 +128,14 @@ _GATE = (
     )
     .with_for_update()
 )
-_FIND = sa.select(
-    _U.id, _U.user_id, _U.resource, _U.in_use, _U.reserved, _U.until_refresh, _U.updated_at
-).where(_OF)  # fmt: skip
-_PENDING = sa.select(_R.usage_id, _R.project_id, _R.user_id, _R.resource, _R.delta).where(
-    _R.uuid == sa.bindparam("the_uuid")
+_FIND = Prepared(
+    sa.select(_U.id, _U.user_id, _U.resource, _U.in_use, _U.reserved, _U.until_refresh, _U.updated_at).where(
+        _U.project_id == sa.bindparam("the_project"),
+        sa.or_(_U.user_id == "", _U.user_id == sa.bindparam("the_user")),
+    )
+)
+_PENDING = Prepared(
+    sa.select(_R.usage_id, _R.project_id, _R.user_id, _R.resource, _R.delta).where(_R.uuid == sa.bindparam("the_uuid"))
 )
 _FORGET = sa.delete(reservations).where(_R.uuid == sa.bindparam("the_uuid"))
 _EXPIRED = (
@@ -149,7 +171,11 @@ _CHARGE_NOTHING = (
 )
 _REFUND = (
     sa.update(quota_usages)
-    .where(_OF)
+    .where(
+        _U.project_id == sa.bindparam("the_project"),
+        sa.or_(_U.user_id == "", _U.user_id == sa.bindparam("the_user")),
+        _U.resource.in_(SERVER),
+    )
     .values(
         in_use=_U.in_use
         - sa.case(
@@ -185,7 +211,9 @@ def _gates(project_id: str, user_id: str, resources: Collection[str]) -> list[Ke
 
 
 def _lock(tx: ApiTx, gate: Key) -> bool:
-    return tx.execute(_GATE, dict(zip(("the_project", "the_user", "the_gate"), gate, strict=True))).first() is not None
+    project_id, user_id, resource = gate
+    wanted = {"the_project": project_id, "the_user": user_id, "the_gate": resource}
+    return _GATE.first(tx, wanted) is not None
 
 
 def reserve(
@@ -249,7 +277,7 @@ def _grant(
     allowed: Callable[[], Allowed],
     recount: Recount,
     least: int | None = None,
-) -> list[Row]:
+) -> list[_Row]:
     """Add what is asked, so many times, to what is reserved; return the usage rows as they were before."""
     lock(tx, project_id, user_id, asked)
     rows = _find(tx, project_id, user_id, asked)
@@ -302,12 +330,14 @@ def _by_id(what: str, rows: int) -> sa.ColumnElement[int]:
     )
 
 
-def _find(tx: ApiTx, project_id: str, user_id: str, resources: Collection[str]) -> list[Row]:
-    wanted = {"the_project": project_id, "the_user": user_id, "the_resources": list(resources)}
-    return sorted(tx.execute(_FIND, wanted), key=lambda row: (row.user_id, COUNTED.index(row.resource)))
+def _find(tx: ApiTx, project_id: str, user_id: str, resources: Collection[str]) -> list[_Row]:
+    """Return the usages of a project and of a user in it, the project's first."""
+    found = [_Row(*row) for row in _FIND.rows(tx, {"the_project": project_id, "the_user": user_id})]
+    wanted = [row for row in found if row.resource in resources]
+    return sorted(wanted, key=lambda row: (row.user_id, COUNTED.index(row.resource)))
 
 
-def _is_stale(row: Row, now: datetime, recount: Recount) -> bool:
+def _is_stale(row: _Row, now: datetime, recount: Recount) -> bool:
     return (
         row.in_use < 0
         or row.reserved < 0
@@ -319,7 +349,7 @@ def _is_stale(row: Row, now: datetime, recount: Recount) -> bool:
     )
 
 
-def _over(rows: Sequence[Row], asked: Ask, counts: tuple[int, int], limits: Sequence[int]) -> OverQuota:
+def _over(rows: Sequence[_Row], asked: Ask, counts: tuple[int, int], limits: Sequence[int]) -> OverQuota:
     """Return the refusal in the incumbent's words: which resources, and how much of them is used.
 
     `counts` is how many times what is asked would do, and how many are wanted.
@@ -357,7 +387,7 @@ def _note(
     uuids: Sequence[str],
     project_id: str,
     asked: Ask,
-    rows: Sequence[Row],
+    rows: Sequence[_Row],
     expires_at: datetime | None,
 ) -> None:
     tx.execute(
@@ -381,7 +411,7 @@ def _note(
 
 def is_reserved(tx: ApiTx, uuid: str) -> bool:
     """Tell whether a reservation is there that was not committed, rolled back or expired."""
-    return tx.execute(_PENDING, {"the_uuid": uuid}).first() is not None
+    return _PENDING.first(tx, {"the_uuid": uuid}) is not None
 
 
 def commit(tx: ApiTx, uuid: str) -> bool:
@@ -403,8 +433,8 @@ def list_expired(tx: ApiTx, most: int) -> list[str]:
     return list(tx.execute(_EXPIRED, {"now": tx.now, "most": most}).scalars())
 
 
-def _take_out(tx: ApiTx, uuid: str) -> list[Row]:
-    pending = list(tx.execute(_PENDING, {"the_uuid": uuid}))
+def _take_out(tx: ApiTx, uuid: str) -> list[_Pending]:
+    pending = [_Pending(*row) for row in _PENDING.rows(tx, {"the_uuid": uuid})]
     if pending:
         lock(tx, pending[0].project_id, pending[0].user_id, {row.resource for row in pending})
     # Whoever was at the gate before may have settled it.
@@ -481,7 +511,6 @@ def refund(tx: ApiTx, instance_uuid: str, *, keep: bool = False) -> bool:
             {
                 "the_project": charged.project_id,
                 "the_user": charged.user_id,
-                "the_resources": list(SERVER),
                 **{f"the_{resource}": amount for resource, amount in charged.taken.items()},
             },
         )
