@@ -86,8 +86,8 @@ class Application:
         await self.databases.on(API).read(_check_schema, Tree.API)
         await self.cells.refresh()
         await self.fleet.sweep(self._context)
+        await self.quotas.learn(self._context)
         self._loop("cells", self.cells.watch())
-        await self.quotas.sweep(self._context)
         self._loop("fleet", self.fleet.watch(self._context))
         self._loop("quotas", self.quotas.watch(self._context))
 

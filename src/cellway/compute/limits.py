@@ -407,20 +407,23 @@ class Quotas:
             if await api.write(usage.rollback, uuid):
                 log.info("reservation_expired", uuid=uuid)
         await self._charge_found(context, None)
-        if self._unmoved(Kind):
-            try:
-                await self.find_older(context, "", "")
-            except Unavailable as error:
-                log.info("limits_in_cells_unknown", reason=error.message)
+        await self.learn(context)
+
+    async def learn(self, context: RequestContext) -> None:
+        """Find out which cells hold no limits any more, so that requests need not ask them."""
+        try:
+            await self.find_older(context, "", "")
+        except Unavailable as error:
+            log.info("limits_in_cells_unknown", reason=error.message)
 
     async def watch(self, context: RequestContext) -> None:
         """Sweep for ever."""
         while True:
-            await self._clock.sleep(self._config.quota_sweep_seconds)
             try:
                 await self.sweep(context)
             except Unavailable as error:
                 log.info("quota_sweep_waits", reason=error.message)
+            await self._clock.sleep(self._config.quota_sweep_seconds)
 
 
 def _unsettled(project_id: str) -> Unavailable:
