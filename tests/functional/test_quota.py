@@ -25,7 +25,7 @@ from cellway.errors import OverQuota
 from cellway.quota import limits, usage
 from cellway.quota.limits import Allowed
 from cellway.quota.usage import SERVER, Charge, Recount, Uncounted, Usage
-from tests.databases import KINDS, Shelf, empty_database, engine_of, upgraded
+from tests.databases import SLOW_SERVERS, Shelf, empty_database, engine_of, upgraded
 
 DEFAULTS = limits.defaults_of(QuotaSection(instances=5, cores=8, ram=4096))
 NOW = datetime(2026, 1, 1)
@@ -274,7 +274,7 @@ CALLERS = 32
 LIMIT = 20
 
 
-@pytest.fixture(params=KINDS)
+@pytest.fixture(params=SLOW_SERVERS)
 def api(request: pytest.FixtureRequest, shelf: Shelf, tmp_path: Path) -> Iterator[Database[ApiTx]]:
     """An API database of each kind in turn, with a thread for every caller."""
     kind = request.param
