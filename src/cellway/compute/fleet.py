@@ -5,11 +5,13 @@ copy in memory. Whether a host is up is judged by this process's monotonic clock
 counter change, so nobody's wall clock can take a host down, and nor can a restart of ours.
 """
 
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import structlog
 
-from cellway import hosts
+from cellway import aggregates, hosts
+from cellway.aggregates import Aggregate, Merged
 from cellway.cells import mappings
 from cellway.cells.registry import Cell, Cells
 from cellway.cells.scatter import Answered, gather
@@ -45,6 +47,9 @@ class Fleet:
         self._unreachable: set[int] = set()
         self._refused: set[tuple[int, str]] = set()
         self._capacity: dict[str, Capacity] = {}
+        self._aggregates: Sequence[Aggregate] = ()
+        self._zones: Mapping[str, str] = {}
+        self._metadata: Mapping[str, Merged] = {}
 
     # ---- liveness
 
@@ -88,13 +93,14 @@ class Fleet:
                 vcpus_used=capacity.vcpus_used,
                 memory_mb_used=capacity.memory_mb_used,
                 disk_gb_used=capacity.disk_gb_used,
+                metadata=self._metadata.get(capacity.host, {}),
             )
             for capacity in self._capacity.values()
         ]
 
-    def zone_of(self, _host: str) -> str:
-        """Return the availability zone of a host: the default one, until aggregates say otherwise."""
-        return self.default_zone
+    def zone_of(self, host: str) -> str:
+        """Return the availability zone of a host: its oldest aggregate's that makes one, else the default."""
+        return self._zones.get(host, self.default_zone)
 
     def status_of(self, host: str) -> str:
         """Return UP, DOWN, MAINTENANCE (disabled) or UNKNOWN (never seen)."""
@@ -117,9 +123,18 @@ class Fleet:
             )
 
     async def reload(self) -> None:
-        """Read again what every host may promise and has promised."""
-        rows = await self._cells.databases.on(API).read(hosts.list_capacity)
+        """Read again what every host may promise and has promised, and the aggregates."""
+        rows, found = await self._cells.databases.on(API).read(_capacity_and_aggregates)
         self._capacity = {row.host: row for row in rows}
+        if found != self._aggregates:
+            self._aggregates = found
+            members = _by_host(found)
+            self._metadata = {
+                host: aggregates.merge(pair for one in of for pair in one.metadata.items())
+                for host, of in members.items()
+            }
+            zones = ((host, [one.zone for one in of if one.zone is not None]) for host, of in members.items())
+            self._zones = {host: named[0] for host, named in zones if named}
 
     # ---- sweeping
 
@@ -192,6 +207,18 @@ def _map(tx: ApiTx, capacity: Capacity) -> bool:
     new = mappings.map_host(tx, capacity.host, capacity.cell_id)
     hosts.put_capacity(tx, capacity)
     return new
+
+
+def _capacity_and_aggregates(tx: ApiTx) -> tuple[Sequence[Capacity], Sequence[Aggregate]]:
+    return hosts.list_capacity(tx), aggregates.list(tx)
+
+
+def _by_host(found: Iterable[Aggregate]) -> dict[str, list[Aggregate]]:
+    members: dict[str, list[Aggregate]] = {}
+    for aggregate in found:
+        for host in aggregate.hosts:
+            members.setdefault(host, []).append(aggregate)
+    return members
 
 
 def _capacity(cell: Cell, row: HostRow) -> Capacity:
