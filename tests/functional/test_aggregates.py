@@ -10,18 +10,20 @@ from typing import Any
 
 import pytest
 import sqlalchemy as sa
+from sqlalchemy.exc import OperationalError
 
-from cellway import aggregates
+from cellway import aggregates, hosts
 from cellway.aggregates import ZONE_KEY, Aggregate
 from cellway.config import Secret
-from cellway.db.api_tables import aggregate_hosts, aggregate_metadata, host_claims
+from cellway.db.api_tables import aggregate_hosts, aggregate_metadata, cell_mappings, host_claims
 from cellway.db.cell_tables import instances
-from cellway.db.engines import API
+from cellway.db.engines import API, open_engine
 from cellway.db.schema import Tree
 from cellway.db.transaction import ApiTx, CellTx
 from cellway.errors import Conflict, Invalid, NotFound
+from cellway.hosts import Capacity, Claim
 from cellway.testing import QUICK, Client, Deployment, Response, deployment
-from tests.databases import KINDS, Shelf, Urls, engine_of, upgraded
+from tests.databases import KINDS, SERVERS, Shelf, Urls, engine_of, upgraded
 
 NOW = datetime(2026, 3, 1, 12, 30, 15)
 ONE, TWO, THREE = (f"5b0d9e0e-6a7c-4c0e-9d8e-{number:012}" for number in (1, 2, 3))
@@ -178,6 +180,39 @@ def test_a_hosts_metadata_is_that_of_all_its_aggregates(tx: ApiTx) -> None:
     assert aggregates.zones_of(tx, []) == {}
 
 
+@pytest.mark.parametrize("kind", SERVERS)
+def test_a_change_of_zones_keeps_claims_and_other_changes_out(kind: str, shelf: Shelf) -> None:
+    """A host that is held gets no claim, and aggregates that are held are held by nobody else, until it is over."""
+    engine = open_engine(shelf.take(kind, "api"), deadline_seconds=1.0)
+
+    def prepare(tx: ApiTx) -> int:
+        aggregates.create(tx, ONE, "one", {})
+        tx.execute(sa.insert(cell_mappings), {"uuid": ONE, "name": "cell1"})
+        cell = int(tx.execute(sa.select(cell_mappings.c.id)).scalar_one())
+        for host in ("h1", "h2"):
+            hosts.put_capacity(tx, Capacity(host, cell, 8, 8, 8, False))
+        return cell
+
+    with engine.begin() as connection:
+        cell = prepare(ApiTx(connection, NOW))
+    with engine.connect() as first, engine.connect() as second:
+        holding, waiting = ApiTx(first, NOW), ApiTx(second, NOW)
+        aggregates.hold(holding)
+        assert hosts.hold(holding, ["h1", "H2", "h9"]) == {"h1"}
+        assert hosts.claim(waiting, Claim(TWO, "h2", cell, 1, 1, 1))
+        for blocked in (
+            lambda: hosts.claim(waiting, Claim(THREE, "h1", cell, 1, 1, 1)),
+            lambda: aggregates.hold(waiting),
+        ):
+            with pytest.raises(OperationalError):
+                blocked()
+            second.rollback()
+        first.rollback()
+        assert hosts.claim(waiting, Claim(THREE, "h1", cell, 1, 1, 1))
+        assert hosts.with_claims(waiting, ["h1", "h2"]) == {"h1"}
+    engine.dispose()
+
+
 # ---- zones -----------------------------------------------------------------------------------------------------
 
 
@@ -189,14 +224,14 @@ async def running(tmp_path: Path, databases: Urls) -> AsyncIterator[Deployment]:
         yield running
 
 
-async def make(client: Client, name: str, *hosts: str, **metadata: str) -> int:
+async def make(client: Client, name: str, *members: str, **metadata: str) -> int:
     """Make an aggregate with hosts and metadata, and return its id."""
     answer = await client.post("/os-aggregates", {"aggregate": {"name": name}})
     assert answer.status == 200, answer.body
     key = int(answer.json["aggregate"]["id"])
     if metadata:
         assert (await act(client, key, "set_metadata", metadata=metadata)).status == 200
-    for host in hosts:
+    for host in members:
         assert (await act(client, key, "add_host", host=host)).status == 200
     return key
 
