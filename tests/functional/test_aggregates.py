@@ -183,7 +183,8 @@ def test_a_hosts_metadata_is_that_of_all_its_aggregates(tx: ApiTx) -> None:
 @pytest.mark.parametrize("kind", SERVERS)
 def test_a_change_of_zones_keeps_claims_and_other_changes_out(kind: str, shelf: Shelf) -> None:
     """A host that is held gets no claim, and aggregates that are held are held by nobody else, until it is over."""
-    engine = open_engine(shelf.take(kind, "api"), deadline_seconds=1.0)
+    url = shelf.take(kind, "api")
+    patient, hasty = engine_of(url), open_engine(url, deadline_seconds=1.0)
 
     def prepare(tx: ApiTx) -> int:
         aggregates.create(tx, ONE, "one", {})
@@ -193,9 +194,9 @@ def test_a_change_of_zones_keeps_claims_and_other_changes_out(kind: str, shelf: 
             hosts.put_capacity(tx, Capacity(host, cell, 8, 8, 8, False))
         return cell
 
-    with engine.begin() as connection:
+    with patient.begin() as connection:
         cell = prepare(ApiTx(connection, NOW))
-    with engine.connect() as first, engine.connect() as second:
+    with patient.connect() as first, hasty.connect() as second:
         holding, waiting = ApiTx(first, NOW), ApiTx(second, NOW)
         aggregates.hold(holding)
         assert hosts.hold(holding, ["h1", "H2", "h9"]) == {"h1"}
@@ -210,7 +211,9 @@ def test_a_change_of_zones_keeps_claims_and_other_changes_out(kind: str, shelf: 
         first.rollback()
         assert hosts.claim(waiting, Claim(THREE, "h1", cell, 1, 1, 1))
         assert hosts.with_claims(waiting, ["h1", "h2"]) == {"h1"}
-    engine.dispose()
+    shelf.take(kind, "api")
+    patient.dispose()
+    hasty.dispose()
 
 
 # ---- zones -----------------------------------------------------------------------------------------------------
