@@ -179,17 +179,19 @@ def _load(tx: ApiTx, ids: Iterable[int]) -> Sequence[Aggregate]:
 
 def _assemble(rows: Iterable[sa.Row[Any]]) -> Sequence[Aggregate]:
     made: dict[int, sa.Row[Any]] = {}
-    hosts: defaultdict[int, tuple[str, ...]] = defaultdict(tuple)
-    metadata: defaultdict[int, dict[str, str]] = defaultdict(dict)
+    hosts: dict[int, dict[str, None]] = {}
+    metadata: dict[int, dict[str, str]] = {}
     for row in rows:
         if row.part == 0:
             made[row.aggregate] = row
         elif row.part == 1:
-            hosts[row.aggregate] += (row.text,)
+            hosts.setdefault(row.aggregate, {})[row.text] = None
         else:
-            metadata[row.aggregate][row.text] = row.more
+            metadata.setdefault(row.aggregate, {})[row.text] = row.more
     return [
-        Aggregate(key, row.uuid, row.name, row.created_at, row.updated_at, hosts[key], metadata[key])
+        Aggregate(
+            key, row.uuid, row.name, row.created_at, row.updated_at, (*hosts.get(key, ()),), metadata.get(key, {})
+        )
         for key, row in made.items()
     ]
 

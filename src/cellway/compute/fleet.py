@@ -5,7 +5,7 @@ copy in memory. Whether a host is up is judged by this process's monotonic clock
 counter change, so nobody's wall clock can take a host down, and nor can a restart of ours.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import structlog
@@ -128,13 +128,7 @@ class Fleet:
         self._capacity = {row.host: row for row in rows}
         if found != self._aggregates:
             self._aggregates = found
-            members = _by_host(found)
-            self._metadata = {
-                host: aggregates.merge(pair for one in of for pair in one.metadata.items())
-                for host, of in members.items()
-            }
-            zones = ((host, [one.zone for one in of if one.zone is not None]) for host, of in members.items())
-            self._zones = {host: named[0] for host, named in zones if named}
+            self._zones, self._metadata = _zones(found), _metadata(found)
 
     # ---- sweeping
 
@@ -213,12 +207,26 @@ def _capacity_and_aggregates(tx: ApiTx) -> tuple[Sequence[Capacity], Sequence[Ag
     return hosts.list_capacity(tx), aggregates.list(tx)
 
 
-def _by_host(found: Iterable[Aggregate]) -> dict[str, list[Aggregate]]:
-    members: dict[str, list[Aggregate]] = {}
+def _zones(found: Sequence[Aggregate]) -> Mapping[str, str]:
+    zones: dict[str, str] = {}
     for aggregate in found:
+        if aggregate.zone is not None:
+            for host in aggregate.hosts:
+                zones.setdefault(host, aggregate.zone)
+    return zones
+
+
+def _metadata(found: Sequence[Aggregate]) -> Mapping[str, Merged]:
+    places: dict[str, tuple[int, ...]] = {}
+    for place, aggregate in enumerate(found):
         for host in aggregate.hosts:
-            members.setdefault(host, []).append(aggregate)
-    return members
+            places[host] = (*places.get(host, ()), place)
+    # Of many hosts few are in different aggregates.
+    merged = {
+        several: aggregates.merge(pair for place in several for pair in found[place].metadata.items())
+        for several in {*places.values()}
+    }
+    return {host: merged[several] for host, several in places.items()}
 
 
 def _capacity(cell: Cell, row: HostRow) -> Capacity:
