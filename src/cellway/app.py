@@ -20,6 +20,7 @@ from cellway.agent import Agent
 from cellway.cells import mappings
 from cellway.cells.registry import Cell, Cells, Templates
 from cellway.cells.target import Target, target_cell
+from cellway.compute.aggregates import AggregateApi
 from cellway.compute.api import ComputeApi
 from cellway.compute.build import Builder
 from cellway.compute.conductor import Conductor
@@ -193,6 +194,7 @@ class Application:
             quotas=self.quotas,
             projects=identity.store,
             hosts=self.hosts,
+            aggregates=AggregateApi(self.cells, self.fleet, ids=self.ids),
             usage=UsageApi(self.cells),
             api=self.databases.on(API),
             policy=Policy.load(Path(self.config.api.policy_file) if self.config.api.policy_file else None),

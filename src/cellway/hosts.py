@@ -5,7 +5,7 @@ is swept from the cells by `compute/fleet.py` and decides who gets a host: a cla
 concurrent builds cannot promise more than there is.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
@@ -133,6 +133,11 @@ _SERVERS = (
     .where(instances.c.host.in_(sa.bindparam("hosts", expanding=True)), instances.c.deleted == 0)
     .order_by(instances.c.id)
 )
+_WITH_SERVERS = (
+    sa.select(instances.c.host)
+    .where(instances.c.host.in_(sa.bindparam("hosts", expanding=True)), instances.c.deleted == 0)
+    .distinct()
+)
 _LIVE_ON = sa.select(sa.func.count()).where(instances.c.host == sa.bindparam("the_host"), instances.c.deleted == 0)
 
 
@@ -256,6 +261,11 @@ def servers_on(tx: CellTx, names: Sequence[str]) -> dict[str, list[tuple[str, st
     return found
 
 
+def with_servers(tx: CellTx, names: Collection[str]) -> set[str]:
+    """Return those of the hosts that have servers in this cell, soft-deleted ones included."""
+    return {*tx.execute(_WITH_SERVERS, {"hosts": [*names]}).scalars()}.intersection(names)
+
+
 # ---- in the API database ---------------------------------------------------------------------------------------
 
 
@@ -305,6 +315,15 @@ _CLAIM = sa.select(
     host_claims.c.memory_mb,
     host_claims.c.disk_gb,
 ).where(host_claims.c.instance_uuid == sa.bindparam("the_uuid"))
+_HOLD = (
+    sa.select(host_capacity.c.host)
+    .where(host_capacity.c.host.in_(sa.bindparam("hosts", expanding=True)))
+    .order_by(host_capacity.c.host)
+    .with_for_update()
+)
+_WITH_CLAIMS = (
+    sa.select(host_claims.c.host).where(host_claims.c.host.in_(sa.bindparam("hosts", expanding=True))).distinct()
+)
 _TAKE = (
     sa.update(host_capacity)
     .where(
@@ -358,6 +377,16 @@ def drop_capacity(tx: ApiTx, host: str) -> None:
     if tx.execute(sa.select(host_claims.c.id).where(host_claims.c.host == host)).first() is not None:
         raise Conflict("host.has_servers", f"Host {host} has servers", host=host)
     tx.execute(sa.delete(host_capacity).where(host_capacity.c.host == host))
+
+
+def hold(tx: ApiTx, names: Collection[str]) -> set[str]:
+    """Keep builds from claiming these hosts until the transaction ends; return those that have a compute service."""
+    return {*tx.execute(_HOLD, {"hosts": [*names]}).scalars()}.intersection(names)
+
+
+def with_claims(tx: ApiTx, names: Collection[str]) -> set[str]:
+    """Return those of the hosts that servers claim, also servers that are still being built."""
+    return {*tx.execute(_WITH_CLAIMS, {"hosts": [*names]}).scalars()}.intersection(names)
 
 
 def find_claim(tx: ApiTx, instance_uuid: str) -> Claim | None:

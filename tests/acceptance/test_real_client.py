@@ -159,6 +159,39 @@ class RealClient:
         plane.client(MEMBER, "server", "group", "delete", "apart", form="")
         assert plane.client(MEMBER, "server", "group", "list") == []
 
+    def test_an_aggregate_over_two_cells_is_a_zone(self, plane: Plane, flavor: str) -> None:
+        """`aggregate create`, `list`, `show`, `set`, `unset`, `add host`, `remove host` and `delete` do what they say,
+        and a server created with `--availability-zone` is in that zone.
+        """
+        busy = {row["Host"] for row in plane.client(ADMIN, "server", "list", "--all-projects", "--long")}
+        free = {host.partition("-")[0]: host for host in plane.hosts if host not in busy}
+        hosts = [free["cell1"], free["cell2"]]
+        made = plane.client(ADMIN, "aggregate", "create", "--zone", "east", "--property", "ssd=true", "racks")
+        assert (made["name"], made["availability_zone"]) == ("racks", "east")
+        for host in hosts:
+            plane.client(ADMIN, "aggregate", "add", "host", "racks", host)
+        zones = plane.client(MEMBER, "availability", "zone", "list", "--compute")
+        assert sorted(row["Zone Name"] for row in zones) == ["east", "nova"]
+        located = ("--availability-zone", "east", "--wait", "located")
+        plane.client(MEMBER, "server", "create", "--flavor", flavor, "--image", "tiny", *located)
+        [row] = plane.client(ADMIN, "server", "list", "--all-projects", "--long", "--name", "located")
+        assert (row["Host"] in hosts, row["Availability Zone"]) == (True, "east")
+        refused = plane.run_client(ADMIN, "aggregate", "remove", "host", "racks", row["Host"])
+        assert (refused.returncode, "409" in refused.stderr) == (1, True)
+        plane.client(MEMBER, "server", "delete", "--wait", "located", form="")
+        plane.client(ADMIN, "aggregate", "set", "--property", "ssd=no", "--property", "gpu=1", "racks", form="")
+        plane.client(ADMIN, "aggregate", "unset", "--property", "ssd", "racks", form="")
+        plane.client(ADMIN, "aggregate", "set", "--name", "shelves", "racks", form="")
+        shown = plane.client(ADMIN, "aggregate", "show", "shelves")
+        assert (shown["properties"], shown["hosts"]) == ({"gpu": "1"}, hosts)
+        assert plane.client(ADMIN, "aggregate", "show", str(shown["id"]))["uuid"] == shown["uuid"]
+        for host in hosts:
+            plane.client(ADMIN, "aggregate", "remove", "host", "shelves", host)
+        [listed] = plane.client(ADMIN, "aggregate", "list", "--long")
+        assert (listed["Name"], listed["Availability Zone"], listed["Properties"]) == ("shelves", "east", {"gpu": "1"})
+        plane.client(ADMIN, "aggregate", "delete", "shelves", form="")
+        assert plane.client(ADMIN, "aggregate", "list") == []
+
     def test_usage_is_listed_and_shown(self, plane: Plane, server: str) -> None:
         """`usage list` has every project for an admin, and `usage show` the member's own."""
         project = plane.client(MEMBER, "token", "issue")["project_id"]

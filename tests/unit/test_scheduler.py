@@ -3,15 +3,28 @@
 import random
 from dataclasses import replace
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cellway.compute.scheduler import FILTERS, HostState, Request, choose, company, free_share, holds
+from cellway.compute.scheduler import (
+    FILTERS,
+    HostState,
+    Request,
+    aggregate_specs,
+    aggregates_match,
+    choose,
+    company,
+    free_share,
+    holds,
+)
 from cellway.server_groups import Placement
 
 NAMES = [f"h{number}" for number in range(6)]
 ZONES = ["nova", "east"]
 CELLS = [1, 2, 3]
+KEYS = ["ssd", "gpu", "filter_tenant_id", "filter_tenant_id2"]
+VALUES = ["true", "demo", "2"]
 amounts = st.integers(0, 8)
 
 
@@ -33,6 +46,7 @@ def host_states(draw: st.DrawFn) -> list[HostState]:
             vcpus_used=draw(amounts),
             memory_mb_used=draw(amounts),
             disk_gb_used=draw(amounts),
+            metadata=draw(st.dictionaries(st.sampled_from(KEYS), st.frozensets(st.sampled_from(VALUES), min_size=1))),
         )
         for name in draw(st.lists(st.sampled_from(NAMES), unique=True))
     ]
@@ -54,6 +68,8 @@ requests = st.builds(
     cell_ids=st.none() | st.frozensets(st.sampled_from(CELLS)),
     excluded_hosts=st.frozensets(st.sampled_from(NAMES)),
     group=st.none() | groups,
+    project_id=st.sampled_from(["demo", "other"]),
+    aggregate_specs=st.dictionaries(st.sampled_from(KEYS[:2]), st.sampled_from(VALUES)),
 )
 EMPTY = HostState("h", 1, "nova", True, True, True, True, 8, 8, 8, 0, 0, 0)
 SMALL = Request(1, 1, 1)
@@ -74,7 +90,15 @@ def may_have(host: HostState, request: Request) -> bool:
         and host.memory_mb - host.memory_mb_used >= request.memory_mb
         and host.disk_gb - host.disk_gb_used >= request.disk_gb
         and (request.group is None or keeps(host.host, request.group))
+        and all(value in host.metadata.get(key, ()) for key, value in request.aggregate_specs.items())
+        and is_open(host, request.project_id)
     )
+
+
+def is_open(host: HostState, project: str) -> bool:
+    """Say whether the host is kept for nobody, or for this project too."""
+    kept = {value for key, values in host.metadata.items() if key.startswith("filter_tenant_id") for value in values}
+    return not kept or project in kept
 
 
 def keeps(host: str, group: Placement) -> bool:
@@ -186,3 +210,51 @@ def test_a_choice_holds_as_long_as_the_policy_does(before: Placement, now: Place
     soft = now.policy.startswith("soft-")
     assert holds(host, before, now) == (now == before if soft else keeps(host, now))
     assert holds(host, now, now) == keeps(host, now)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "fitting", "others"),
+    [
+        ("fast", ["fast"], ["Fast", "faster", ""]),
+        ("", [""], ["x"]),
+        ("= 2", ["2", "2.5", "10"], ["1", "x"]),
+        ("== 2", ["2", "2.0"], ["3", "x"]),
+        ("!= 2", ["3"], ["2.0", "x"]),
+        (">= 10", ["10", "11"], ["9", "x"]),
+        ("<= 10", ["9", "10"], ["11", "x"]),
+        ("s== b", ["b"], ["a", "bb"]),
+        ("s!= b", ["a"], ["b"]),
+        ("s> b", ["c", "bb"], ["b", "a"]),
+        ("s>= b", ["b", "c"], ["a"]),
+        ("s< b", ["a"], ["b", "c"]),
+        ("s<= b", ["a", "b"], ["c"]),
+        ("<in> b", ["abc"], ["ac"]),
+        ("<all-in> a c", ["abc"], ["ab"]),
+        ("<or> a <or> b", ["a", "b"], ["c", "<or>", "ab"]),
+        ("==", [], ["", "=="]),
+        ("== x", [], ["2"]),
+    ],
+)
+def test_an_extra_spec_compares_as_its_operator_says(wanted: str, fitting: list[str], others: list[str]) -> None:
+    """Numbers as numbers, texts as texts; what is no number is neither more nor less than one."""
+    request = replace(SMALL, aggregate_specs={"key": wanted})
+    for value in fitting:
+        assert aggregates_match(replace(EMPTY, metadata={"key": frozenset({value})}), request), value
+    for value in others:
+        assert not aggregates_match(replace(EMPTY, metadata={"key": frozenset({value})}), request), value
+
+
+def test_one_aggregate_is_enough_for_each_key_and_none_is_not() -> None:
+    """A host of several aggregates has all their values; one of no aggregate has what nobody asks for."""
+    request = replace(SMALL, aggregate_specs={"tier": "<or> gold <or> silver", "size": ">= 4"})
+    metadata = {"tier": frozenset({"bronze", "gold"}), "size": frozenset({"2", "8"})}
+    assert aggregates_match(replace(EMPTY, metadata=metadata), request)
+    assert not aggregates_match(replace(EMPTY, metadata={"tier": frozenset({"gold"})}), request)
+    assert not aggregates_match(EMPTY, request)
+    assert aggregates_match(EMPTY, SMALL)
+
+
+def test_only_extra_specs_of_their_scope_are_about_aggregates() -> None:
+    """Others, with another scope or none, are left alone."""
+    specs = {"aggregate_instance_extra_specs:ssd": "true", "hw:cpu_policy": "dedicated", "ssd": "false"}
+    assert aggregate_specs(specs) == {"ssd": "true"}

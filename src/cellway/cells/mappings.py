@@ -4,7 +4,7 @@ An instance mapping exists before its cell is chosen (`cell_id` NULL) and outliv
 instance's row is purged. `cells/registry.py`, the verbs and the command line call these.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -173,6 +173,7 @@ def delete_cell(tx: ApiTx, cell: CellMapping) -> None:
 
 _HOSTS = sa.select(host_mappings.c.host, host_mappings.c.cell_id).order_by(host_mappings.c.host)
 _HOST = _HOSTS.where(host_mappings.c.host == sa.bindparam("host"))
+_THESE_HOSTS = _HOSTS.where(host_mappings.c.host.in_(sa.bindparam("hosts", expanding=True)))
 _COUNT_HOSTS = sa.select(sa.func.count()).where(host_mappings.c.cell_id == sa.bindparam("cell"))
 
 
@@ -185,6 +186,11 @@ def find_host(tx: ApiTx, host: str) -> HostMapping | None:
     """Return the mapping of one host."""
     row = tx.execute(_HOST, {"host": host}).one_or_none()
     return HostMapping(row.host, row.cell_id) if row is not None else None
+
+
+def cells_of_hosts(tx: ApiTx, hosts: Collection[str]) -> dict[str, int]:
+    """Return the id of the cell of each of these hosts; one that is not mapped is left out."""
+    return {row.host: row.cell_id for row in tx.execute(_THESE_HOSTS, {"hosts": [*hosts]}) if row.host in hosts}
 
 
 def map_host(tx: ApiTx, host: str, cell_id: int) -> bool:

@@ -120,6 +120,9 @@ class ComputeApi:
         if image is None:
             raise Invalid("server.no_image", f"Image {new.image_id} could not be found.", image=new.image_id)
         if new.zone is not None and new.zone not in self.zones():
+            # What is remembered of the aggregates may be old: nobody is refused on that.
+            await self._fleet.reload()
+        if new.zone is not None and new.zone not in self.zones():
             raise Invalid(
                 "server.no_zone", f"The requested availability zone is not available: {new.zone}", zone=new.zone
             )
@@ -225,11 +228,14 @@ class ComputeApi:
         return made
 
     def zones(self) -> dict[str, bool]:
-        """Return every availability zone, and whether it has a host that takes servers."""
-        zones = {self._fleet.default_zone: False}
+        """Return every availability zone that has a host, and whether one of its hosts takes servers.
+
+        No cell is asked. The default zone is there also while there are no hosts at all.
+        """
+        zones: dict[str, bool] = {}
         for state in self._fleet.states():
             zones[state.zone] = zones.get(state.zone, False) or (state.up and state.enabled)
-        return zones
+        return zones or {self._fleet.default_zone: False}
 
     # ---- find
 

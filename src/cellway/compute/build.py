@@ -15,7 +15,8 @@ from typing import Concatenate, NamedTuple, ParamSpec
 import msgspec
 import structlog
 
-from cellway import builds, hosts, server_groups
+from cellway import aggregates, builds, flavors, hosts, server_groups
+from cellway.aggregates import Merged
 from cellway.builds import BuildClaim, Overtaken
 from cellway.cells import mappings
 from cellway.cells.mappings import InstanceMapping
@@ -345,16 +346,18 @@ class Builder:
             host=build.spec.host,
             excluded_hosts=frozenset(build.failed_hosts),
             group=group,
+            project_id=build.instance.project_id,
+            aggregate_specs=scheduler.aggregate_specs(flavors.from_stored(build.instance.flavor).extra_specs),
         )
 
     async def _claim(self, build: Build, chosen: HostState, request: scheduler.Request, home: int | None) -> bool:
-        """Take a share of the chosen host; tell whether it still had room, and its group's policy still allowed it."""
+        """Take a share of the chosen host; tell whether that was still allowed: its room, its aggregates, the group."""
         cell = self._cells.snapshot.by_id[chosen.cell_id]
         if home is not None and home != cell.id:
             await self._leave(build, home)
         wanted = Claim(build.uuid, chosen.host, cell.id, request.vcpus, request.memory_mb, request.disk_gb)
         try:
-            await self._write(build, _claim_host, wanted, request.group)
+            await self._write(build, _claim_host, wanted, request.group, chosen.metadata)
         except _NoRoom:
             return False
         self._fleet.took(chosen.host, request.vcpus, request.memory_mb, request.disk_gb)
@@ -545,17 +548,18 @@ def _take_all(tx: ApiTx, uuids: list[str], seconds: float) -> list[BuildClaim]:
 
 
 class _NoRoom(Exception):
-    """The host was taken by somebody else since it was chosen; raised so that the transaction leaves no trace."""
+    """The host has changed since it was chosen; raised so that the transaction leaves no trace."""
 
 
-def _claim_host(tx: ApiTx, build: Build, wanted: Claim, group: Placement | None) -> None:
+def _claim_host(tx: ApiTx, build: Build, wanted: Claim, group: Placement | None, metadata: Merged) -> None:
     builds.set_attempt(tx, build.claim, build.attempt + 1)
     mappings.set_instance_cell(tx, build.uuid, wanted.cell_id)
     if build.spec.group is not None and group is not None:
         now = server_groups.find_placement(tx, build.spec.group, hold=True)
         if now is not None and not scheduler.holds(wanted.host, group, now):
             raise _NoRoom
-    if not hosts.claim(tx, wanted):
+    # In this order: whoever moves a host to another zone holds it, and looks for claims.
+    if not hosts.claim(tx, wanted) or aggregates.metadata_of(tx, wanted.host) != metadata:
         raise _NoRoom
 
 

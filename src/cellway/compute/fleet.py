@@ -5,11 +5,13 @@ copy in memory. Whether a host is up is judged by this process's monotonic clock
 counter change, so nobody's wall clock can take a host down, and nor can a restart of ours.
 """
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import structlog
 
-from cellway import hosts
+from cellway import aggregates, hosts
+from cellway.aggregates import Aggregate, Merged
 from cellway.cells import mappings
 from cellway.cells.registry import Cell, Cells
 from cellway.cells.scatter import Answered, gather
@@ -45,6 +47,9 @@ class Fleet:
         self._unreachable: set[int] = set()
         self._refused: set[tuple[int, str]] = set()
         self._capacity: dict[str, Capacity] = {}
+        self._aggregates: Sequence[Aggregate] = ()
+        self._zones: Mapping[str, str] = {}
+        self._metadata: Mapping[str, Merged] = {}
 
     # ---- liveness
 
@@ -88,13 +93,14 @@ class Fleet:
                 vcpus_used=capacity.vcpus_used,
                 memory_mb_used=capacity.memory_mb_used,
                 disk_gb_used=capacity.disk_gb_used,
+                metadata=self._metadata.get(capacity.host, {}),
             )
             for capacity in self._capacity.values()
         ]
 
-    def zone_of(self, _host: str) -> str:
-        """Return the availability zone of a host: the default one, until aggregates say otherwise."""
-        return self.default_zone
+    def zone_of(self, host: str) -> str:
+        """Return the availability zone of a host: its oldest aggregate's that makes one, else the default."""
+        return self._zones.get(host, self.default_zone)
 
     def status_of(self, host: str) -> str:
         """Return UP, DOWN, MAINTENANCE (disabled) or UNKNOWN (never seen)."""
@@ -117,9 +123,12 @@ class Fleet:
             )
 
     async def reload(self) -> None:
-        """Read again what every host may promise and has promised."""
-        rows = await self._cells.databases.on(API).read(hosts.list_capacity)
+        """Read again what every host may promise and has promised, and the aggregates."""
+        rows, found = await self._cells.databases.on(API).read(_capacity_and_aggregates)
         self._capacity = {row.host: row for row in rows}
+        if found != self._aggregates:
+            self._aggregates = found
+            self._zones, self._metadata = _zones(found), _metadata(found)
 
     # ---- sweeping
 
@@ -192,6 +201,32 @@ def _map(tx: ApiTx, capacity: Capacity) -> bool:
     new = mappings.map_host(tx, capacity.host, capacity.cell_id)
     hosts.put_capacity(tx, capacity)
     return new
+
+
+def _capacity_and_aggregates(tx: ApiTx) -> tuple[Sequence[Capacity], Sequence[Aggregate]]:
+    return hosts.list_capacity(tx), aggregates.list(tx)
+
+
+def _zones(found: Sequence[Aggregate]) -> Mapping[str, str]:
+    zones: dict[str, str] = {}
+    for aggregate in found:
+        if aggregate.zone is not None:
+            for host in aggregate.hosts:
+                zones.setdefault(host, aggregate.zone)
+    return zones
+
+
+def _metadata(found: Sequence[Aggregate]) -> Mapping[str, Merged]:
+    places: dict[str, tuple[int, ...]] = {}
+    for place, aggregate in enumerate(found):
+        for host in aggregate.hosts:
+            places[host] = (*places.get(host, ()), place)
+    # Of many hosts few are in different aggregates.
+    merged = {
+        several: aggregates.merge(pair for place in several for pair in found[place].metadata.items())
+        for several in {*places.values()}
+    }
+    return {host: merged[several] for host, several in places.items()}
 
 
 def _capacity(cell: Cell, row: HostRow) -> Capacity:

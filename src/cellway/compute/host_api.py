@@ -8,7 +8,7 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import structlog
 
-from cellway import hosts
+from cellway import aggregates, hosts
 from cellway.cells import mappings
 from cellway.cells.registry import Cell, Cells
 from cellway.cells.scatter import Answered, gather
@@ -90,7 +90,7 @@ class HostApi:
         )
 
     async def delete_service(self, context: RequestContext, host: HostInCell) -> None:
-        """Remove a host: its capacity and mapping, so that no build can choose it, then from its cell.
+        """Remove a host: its capacity, mapping and aggregates, so that no build can choose it, then from its cell.
 
         Raises: Conflict while it has servers; when the cell says so, the next sweep maps the host again.
         """
@@ -128,5 +128,6 @@ class HostApi:
 
 
 def _forget_host(tx: ApiTx, host: str) -> None:
+    aggregates.forget_host(tx, host)
     hosts.drop_capacity(tx, host)
     mappings.unmap_host(tx, host)

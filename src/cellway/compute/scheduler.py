@@ -5,9 +5,10 @@ A filter says whether a host may have the server, a weigher how good it is; both
 """
 
 import random
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 
+from cellway.aggregates import Merged
 from cellway.server_groups import Placement
 
 
@@ -28,11 +29,16 @@ class HostState:
     vcpus_used: int
     memory_mb_used: int
     disk_gb_used: int
+    metadata: Merged = field(default_factory=dict)
+    """Of all its aggregates."""
 
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """What a server needs. `zone`, `host` and `cell_ids` are None when any will do, `group` when it is in none."""
+    """What a server needs. `zone`, `host` and `cell_ids` are None when any will do, `group` when it is in none.
+
+    `aggregate_specs` is what its flavor asks of the metadata of a host's aggregates.
+    """
 
     vcpus: int
     memory_mb: int
@@ -42,6 +48,8 @@ class Request:
     cell_ids: frozenset[int] | None = None
     excluded_hosts: frozenset[str] = frozenset()
     group: Placement | None = None
+    project_id: str = ""
+    aggregate_specs: Mapping[str, str] = field(default_factory=dict)
 
 
 Filter = Callable[[HostState, Request], bool]
@@ -88,6 +96,64 @@ def _allows(group: Placement, host: str) -> bool:
     return group.policy != "anti-affinity" or group.hosts.get(host, 0) < group.max_server_per_host
 
 
+_ISOLATION = "filter_tenant_id"
+
+
+def aggregates_admit(host: HostState, request: Request) -> bool:
+    """The host is in no aggregate that is kept for certain projects, or the request's is one of them."""
+    kept = [projects for key, projects in host.metadata.items() if key.startswith(_ISOLATION)]
+    return not kept or any(request.project_id in projects for projects in kept)
+
+
+def aggregates_match(host: HostState, request: Request) -> bool:
+    """Each thing that the flavor asks of aggregates is a value that one of the host's gives."""
+    return all(
+        any(_matches(value, wanted) for value in host.metadata.get(key, ()))
+        for key, wanted in request.aggregate_specs.items()
+    )
+
+
+_SCOPE = "aggregate_instance_extra_specs:"
+
+
+def aggregate_specs(extra_specs: Mapping[str, str]) -> Mapping[str, str]:
+    """Return those of a flavor's extra specs that are about aggregates, without their prefix."""
+    return {key.removeprefix(_SCOPE): value for key, value in extra_specs.items() if key.startswith(_SCOPE)}
+
+
+_COMPARISONS: Mapping[str, Callable[[str, str], bool]] = {
+    "=": lambda value, wanted: float(value) >= float(wanted),
+    "==": lambda value, wanted: float(value) == float(wanted),
+    "!=": lambda value, wanted: float(value) != float(wanted),
+    ">=": lambda value, wanted: float(value) >= float(wanted),
+    "<=": lambda value, wanted: float(value) <= float(wanted),
+    "s==": lambda value, wanted: value == wanted,
+    "s!=": lambda value, wanted: value != wanted,
+    "s>=": lambda value, wanted: value >= wanted,
+    "s>": lambda value, wanted: value > wanted,
+    "s<=": lambda value, wanted: value <= wanted,
+    "s<": lambda value, wanted: value < wanted,
+    "<in>": lambda value, wanted: wanted in value,
+}
+"""The incumbent's operators on one operand. Its `=` means at least."""
+
+
+def _matches(value: str, wanted: str) -> bool:
+    """Tell whether a value is what an extra spec wants: an operator and its operands, or the very text."""
+    operator, *operands = wanted.split() or [""]
+    if operator == "<or>":
+        return value in operands[::2]
+    if operator == "<all-in>":
+        return bool(operands) and all(operand in value for operand in operands)
+    if operator not in _COMPARISONS:
+        return value == wanted
+    try:
+        return bool(operands) and _COMPARISONS[operator](value, operands[0])
+    except ValueError:
+        # No number, so neither more nor less than one.
+        return False
+
+
 def has_vcpus(host: HostState, request: Request) -> bool:
     """Enough virtual CPUs are left."""
     return host.vcpus_used + request.vcpus <= host.vcpus
@@ -109,6 +175,8 @@ FILTERS: tuple[tuple[str, Filter], ...] = (
     ("host up and enabled", host_is_up),
     ("host", host_is_wanted),
     ("zone", zone_fits),
+    ("project isolation of aggregates", aggregates_admit),
+    ("extra specs for aggregates", aggregates_match),
     ("server group", group_allows),
     ("vcpus", has_vcpus),
     ("memory", has_memory),

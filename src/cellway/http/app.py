@@ -16,6 +16,7 @@ from starlette.routing import Route as PathRoute
 from starlette.routing import Router
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from cellway.compute.aggregates import AggregateApi
 from cellway.compute.api import ComputeApi
 from cellway.compute.host_api import HostApi
 from cellway.compute.limits import Quotas
@@ -82,6 +83,7 @@ class Services:
     quotas: Quotas
     projects: ProjectDirectory
     hosts: HostApi
+    aggregates: AggregateApi
     usage: UsageApi
     api: Database[ApiTx]
     policy: Policy

@@ -117,6 +117,12 @@ RULES: Mapping[str, str] = {
     "os_compute_api:os-hypervisors:servers": _ADMIN,
     "os_compute_api:os-aggregates:index": _ADMIN,
     "os_compute_api:os-aggregates:show": _ADMIN,
+    "os_compute_api:os-aggregates:create": _ADMIN,
+    "os_compute_api:os-aggregates:update": _ADMIN,
+    "os_compute_api:os-aggregates:delete": _ADMIN,
+    "os_compute_api:os-aggregates:add_host": _ADMIN,
+    "os_compute_api:os-aggregates:remove_host": _ADMIN,
+    "os_compute_api:os-aggregates:set_metadata": _ADMIN,
     "os_compute_api:os-availability-zone:list": _ANYONE,
     "os_compute_api:os-availability-zone:detail": _ADMIN,
     # Server groups
@@ -143,8 +149,7 @@ RULES: Mapping[str, str] = {
 
 _NOT_SERVED = frozenset(
     """
-    extensions os-admin-actions:inject_network_info os-admin-password os-aggregates:add_host os-aggregates:create
-    os-aggregates:delete os-aggregates:remove_host os-aggregates:set_metadata os-aggregates:update
+    extensions os-admin-actions:inject_network_info os-admin-password
     os-assisted-volume-snapshots os-attach-interfaces os-baremetal-nodes os-console-auth-tokens os-console-output
     os-create-backup os-deferred-delete os-evacuate os-floating-ip-pools os-floating-ips os-hosts
     os-instance-usage-audit-log os-migrate-server os-migrations os-multinic os-networks

@@ -30,10 +30,9 @@ INT_MAX = 0x7FFFFFFF
 Name = Annotated[str, msgspec.Meta(min_length=1, max_length=255, pattern=r"^(?!\s)[^\x00-\x1f\x7f]*(?<!\s)\Z")]
 """1 to 255 printable characters without blanks at either end."""
 Description = Annotated[str, msgspec.Meta(max_length=65535)]
-Metadata = dict[
-    Annotated[str, msgspec.Meta(pattern=r"^[a-zA-Z0-9-_:. ]{1,255}\Z")], Annotated[str, msgspec.Meta(max_length=255)]
-]
+MetadataKey = Annotated[str, msgspec.Meta(pattern=r"^[a-zA-Z0-9-_:. ]{1,255}\Z")]
 """The incumbent's keys: whatever else a key held, its own address could not name it."""
+Metadata = dict[MetadataKey, Annotated[str, msgspec.Meta(max_length=255)]]
 
 
 class Body(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
