@@ -97,7 +97,7 @@ _ZONES = (
 # ---- reading ---------------------------------------------------------------------------------------------------
 
 
-def find(tx: ApiTx, uuid: str) -> int | None:
+def find_id(tx: ApiTx, uuid: str) -> int | None:
     """Return the id of the aggregate that has a uuid."""
     found: int | None = tx.execute(_ID, {"the_uuid": uuid}).scalar_one_or_none()
     return found
@@ -108,7 +108,7 @@ def get(tx: ApiTx, key: int | str) -> Aggregate:
 
     Raises: NotFound.
     """
-    number = key if isinstance(key, int) else find(tx, key)
+    number = key if isinstance(key, int) else find_id(tx, key)
     found = _load(tx, [number]) if number is not None else []
     if not found:
         raise NotFound("aggregate.not_found", f"Aggregate {key} could not be found.", aggregate=key)

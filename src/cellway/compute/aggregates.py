@@ -50,7 +50,7 @@ class AggregateApi:
         """
         uuid, metadata = self._ids.uuid(), {} if zone is None else {ZONE_KEY: zone}
         return await self._cells.databases.on(API).write_once(
-            lambda tx: aggregates.find(tx, uuid) is not None, aggregates.create, uuid, name, metadata
+            lambda tx: aggregates.find_id(tx, uuid) is not None, aggregates.create, uuid, name, metadata
         )
 
     async def update(

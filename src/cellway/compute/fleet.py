@@ -47,6 +47,7 @@ class Fleet:
         self._unreachable: set[int] = set()
         self._refused: set[tuple[int, str]] = set()
         self._capacity: dict[str, Capacity] = {}
+        self._readings = self._reading = 0
         self._aggregates: Sequence[Aggregate] = ()
         self._zones: Mapping[str, str] = {}
         self._metadata: Mapping[str, Merged] = {}
@@ -124,7 +125,13 @@ class Fleet:
 
     async def reload(self) -> None:
         """Read again what every host may promise and has promised, and the aggregates."""
+        self._readings += 1
+        number = self._readings
         rows, found = await self._cells.databases.on(API).read(_capacity_and_aggregates)
+        if number < self._reading:
+            # It began before one that is here already: who waited for that has seen what may be missing in this.
+            return
+        self._reading = number
         self._capacity = {row.host: row for row in rows}
         if found != self._aggregates:
             self._aggregates = found
