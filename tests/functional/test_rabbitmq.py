@@ -33,7 +33,7 @@ from tests.brokers import Gate, Rabbit, echo, virtual_host
 from tests.functional.test_transports import LIMITS, eventually, until
 from tests.proxy import opened
 
-pytestmark = pytest.mark.anyio
+pytestmark = [pytest.mark.anyio, pytest.mark.slow]
 
 HASTY = replace(LIMITS, broker_retry_most_seconds=0.2)
 HELLO = b"AMQP"

@@ -19,7 +19,7 @@ from cellway.db.engines import Databases
 from cellway.db.transaction import Tx
 from cellway.errors import CellUnavailable, DeadlineExceeded, NotFound
 from cellway.rpc.transport import MemoryBrokers, Transports
-from tests.databases import CONTEXT, KINDS, FakeClock, empty_database, engine_of, make_cell
+from tests.databases import CONTEXT, SLOW_SERVERS, FakeClock, empty_database, engine_of, make_cell
 
 pytestmark = pytest.mark.anyio
 
@@ -53,7 +53,7 @@ def servers() -> Iterator[Callable[[str, str], Secret]]:
         yield cache(lambda kind, _cell: opened.enter_context(empty_database(kind, Path())))
 
 
-@pytest.fixture(params=KINDS)
+@pytest.fixture(params=SLOW_SERVERS)
 def five(request: pytest.FixtureRequest, servers: Callable[[str, str], Secret], tmp_path: Path) -> list[Cell]:
     """Five cells with a database each, of no particular order."""
     made = []

@@ -16,7 +16,7 @@ from cellway.db.transaction import CellTx
 from cellway.instances import reading, writing
 from cellway.instances.reading import SORT_KEYS, Filter, Sort
 from cellway.instances.records import Instance
-from tests.databases import KINDS, empty_database, engine_of, upgraded
+from tests.databases import SLOW_SERVERS, empty_database, engine_of, upgraded
 
 NOW = datetime(2026, 3, 1, 12, 30, 15)
 # Text that collations, patterns and byte orders treat differently; cased letters only where every database folds alike.
@@ -109,7 +109,7 @@ BY_UUID: Sort = (("uuid", False),)
 quick = settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
-@pytest.fixture(scope="module", params=KINDS)
+@pytest.fixture(scope="module", params=SLOW_SERVERS)
 def engine(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[sa.Engine]:
     """A cell's database of each kind in turn."""
     with empty_database(request.param, tmp_path_factory.mktemp("reading")) as url:
