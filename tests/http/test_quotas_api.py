@@ -7,10 +7,13 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
+import msgspec
 import pytest
 import sqlalchemy as sa
+from starlette.datastructures import QueryParams
 
 from cellway.config import QuotaSection
+from cellway.context import RequestContext
 from cellway.db.api_tables import (
     build_claims,
     build_requests,
@@ -20,6 +23,11 @@ from cellway.db.api_tables import (
     server_charges,
 )
 from cellway.db.transaction import ApiTx
+from cellway.errors import Invalid
+from cellway.http import limits, quotas
+from cellway.http.routes import Handler
+from cellway.http.wire import Call
+from cellway.ids import ProjectId, RequestId, UserId
 from cellway.testing import TINY_IMAGE, Client, Deployment, Response
 from cellway.testing import deployment as open_deployment
 
@@ -452,3 +460,37 @@ async def test_metadata_items_are_limited(shared: Deployment) -> None:
     assert (await owner.client.get(path)).json == {"metadata": items}
     assert (await owner.client.put(path, {"metadata": {"c": "3"}})).status == 200
     assert (await owner.client.delete(f"/servers/{server}")).status == 204
+
+
+# ---- what is not advertised yet --------------------------------------------------------------------------------
+
+
+async def at_2_57(limited: Deployment, owner: Owner, handler: Handler, body: Any = None, **path: str) -> Any:
+    """Call a handler as 2.57 would, for an admin of the owner's project, and return what it answers."""
+    context = RequestContext(
+        user_id=UserId(owner.user),
+        project_id=ProjectId(owner.project),
+        request_id=RequestId("req-1"),
+        roles=frozenset({"admin", "member", "reader"}),
+    )
+    services = limited.app.open_services(limited.identity)
+    rule = "os_compute_api:os-quota-sets:update"
+    answer = await handler(Call(context, 57, rule, path, QueryParams(), msgspec.json.encode(body), services))
+    return msgspec.json.decode(answer.body)
+
+
+async def test_injected_files_end_with_2_56(limited: Deployment, owner: Owner) -> None:
+    """From 2.57 quota sets, classes and limits have none of them, and an update takes none."""
+    keys = ALWAYS | GROUPS
+    for handler in (quotas.show, quotas.defaults, quotas.detail):
+        found = await at_2_57(limited, owner, handler, project=owner.project)
+        assert found["quota_set"].keys() == keys | {"id"}
+    changed = await at_2_57(limited, owner, quotas.update, {"quota_set": {"cores": 4}}, project=owner.project)
+    assert changed["quota_set"].keys() == keys
+    with pytest.raises(Invalid, match="injected_files"):
+        await at_2_57(limited, owner, quotas.update, {"quota_set": {"injected_files": 4}}, project=owner.project)
+    found = await at_2_57(limited, owner, quotas.show_class, name="default")
+    assert found["quota_class_set"].keys() == keys | {"id"}
+    absolute = (await at_2_57(limited, owner, limits.show))["limits"]["absolute"]
+    assert {key for key in absolute if "Personality" in key} == set()
+    assert absolute["maxTotalCores"] == 4
