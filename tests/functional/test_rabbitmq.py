@@ -196,6 +196,7 @@ async def test_a_lingering_connection_is_waited_for(rabbit: Rabbit, connect: Con
         await dead.consume(address, echo)
         line.hang()
         await connect(rabbit.url(), replace(LIMITS, broker_heartbeat_seconds=10)).consume(address, echo)
+        assert await connect(rabbit.url()).request(address, b"m", timeout_seconds=60) == b"m"
         await dead.aclose()
 
 

@@ -6,7 +6,7 @@ was found there (`legacy`) is passed in as `older`: a limit of the API database 
 """
 
 import enum
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Final
 
@@ -244,8 +244,3 @@ def delete_class(tx: ApiTx, class_name: str) -> None:
     """Remove the limits of a quota class."""
     legacy.tombstone(tx, Kind.CLASS, class_name)
     tx.execute(sa.delete(quota_classes).where(quota_classes.c.class_name == class_name))
-
-
-def list_projects(tx: ApiTx, kinds: Iterable[sa.Table] = (quotas, project_user_quotas)) -> list[str]:
-    """Return the projects that have a limit of their own, in order."""
-    return sorted({project for table in kinds for project in tx.execute(sa.select(table.c.project_id)).scalars()})
